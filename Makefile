@@ -1,0 +1,42 @@
+# `make demo` and `make test` each do everything on a fresh machine: set-up (once), build, run.
+#
+# An interpreter that already has torch >= 2.11 and the build and test tools is used as it is: nothing is installed and
+# no network is needed. Otherwise .venv is made with pinned versions, torch first (an unpinned torch brings gigabytes of
+# CUDA; for the smallest one: make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu").
+PYTHON ?= python3
+VENV   ?= .venv
+TORCH  ?= torch==2.13.0
+export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+# In a checkout a failed build is an error; FASTPETL_REQUIRE_EXT=0 goes on with the pure-Python parts.
+export FASTPETL_REQUIRE_EXT ?= 1
+
+READY := $(shell $(PYTHON) -c "import torch, numpy, pytest, pybind11, ninja, setuptools; v = torch.__version__.split('.'); print(int((int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null)
+ifeq ($(READY),1)
+PY := $(PYTHON)
+SETUP :=
+else
+PY := $(VENV)/bin/python
+SETUP := $(VENV)/.ready
+endif
+
+.PHONY: test demo build bench lint
+test: build
+	$(PY) -m pytest -q tests -m "not slow"
+
+demo: build
+	$(PY) -m fastpetl demo
+
+bench: build
+	$(PY) -m fastpetl bench vilt
+
+build: $(SETUP)
+	$(PY) setup.py -q build_ext --inplace
+
+lint: $(SETUP)
+	$(PY) -m ruff check .
+
+$(VENV)/.ready: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check $(TORCH)
+	$(PY) -m pip install -q --disable-pip-version-check -r requirements-dev.txt
+	touch $@
