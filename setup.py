@@ -10,6 +10,7 @@ GPU nor a CUDA build of torch is needed to compile, link and load it. Without a 
     CXX, CUDA_HOME, MAX_JOBS      as usual
 """
 
+import fcntl
 import importlib.util
 import os
 import platform
@@ -148,8 +149,10 @@ class BuildExt(build_ext):
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
-        if subprocess.run([*command, "-C", str(tmp)]).returncode != 0:
-            raise CannotBuild("compiling csrc/ failed, see above")
+        with open(tmp / "lock", "w") as lock:  # two builds of one checkout would write the same objects
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if subprocess.run([*command, "-C", str(tmp)]).returncode != 0:
+                raise CannotBuild("compiling csrc/ failed, see above")
 
 
 def config_header(torch_version, cuda, archs):

@@ -1,0 +1,30 @@
+"""What every test relies on. The first lines run before torch or triton is imported anywhere."""
+
+import importlib.util
+import os
+import random
+
+import torch
+
+# Triton reads TRITON_INTERPRET when its language module is imported and when a kernel is decorated: one process, one
+# mode. Without a GPU that mode is the interpreter; tests that compile ahead of time start a process of their own.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # today's default; set so that it cannot change under us
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+torch.set_num_threads(2)  # the same sums, and the same speed, on every machine
+
+if os.environ.get("TRITON_INTERPRET") == "1" and all(map(importlib.util.find_spec, ("triton", "interp_patch"))):
+    import interp_patch  # noqa: E402, F401  (corrects the interpreter's bf16)
+
+
+@pytest.fixture(autouse=True)
+def seeds():
+    """Every test starts from the same random state, whichever tests ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
