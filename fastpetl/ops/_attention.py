@@ -1,0 +1,65 @@
+"""Attention on each backend: C++ and plain torch, behind one signature (that of the raw C++ ops)."""
+
+from __future__ import annotations
+
+import torch
+
+from ._common import wide
+
+
+def run_forward(name, qkv, key_mask, heads, scale, save):
+    """Semantics: (out [B, T, H * D], lse [B, H, T]) by backend `name`; lse is empty unless save."""
+    qkv = qkv.contiguous()
+    b, t, c = qkv.shape
+    if b * t == 0:
+        return qkv.new_empty(b, t, c // 3), qkv.new_empty((b, heads, t) if save else 0, dtype=wide(qkv))
+    if name == "cpp":
+        return torch.ops.fastpetl.cpu_attention_forward.default(qkv, key_mask, heads, scale, save)
+    return reference_forward(qkv, key_mask, heads, scale, save)
+
+
+def run_backward(name, grad, qkv, key_mask, out, lse, heads, scale):
+    """Semantics: dqkv by backend `name`."""
+    if qkv.numel() == 0 or qkv.shape[0] * qkv.shape[1] == 0:
+        return torch.zeros_like(qkv)
+    if name == "cpp":
+        return torch.ops.fastpetl.cpu_attention_backward.default(
+            grad.contiguous(), qkv, key_mask, out, lse, heads, scale
+        )
+    return reference_backward(grad, qkv, key_mask, out, lse, heads, scale)
+
+
+def heads_of(qkv, heads, parts=3):
+    """q, k, v, each [B, H, T, D]."""
+    b, t, c = qkv.shape
+    return qkv.view(b, t, parts, heads, c // (parts * heads)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def scores(q, k, key_mask, scale):
+    s = torch.matmul(q, k.transpose(-1, -2)).to(wide(q)) * scale
+    return s if key_mask is None else s + key_mask[:, None, None, :].to(s.dtype)
+
+
+def merge(o):
+    """[B, H, T, D] as [B, T, H * D]."""
+    return o.transpose(1, 2).flatten(2)
+
+
+def reference_forward(qkv, key_mask, heads, scale, save):
+    """Semantics: what the launcher's forward returns, in plain torch; rounds where `attention_reference` does."""
+    q, k, v = heads_of(qkv, heads)
+    s = scores(q, k, key_mask, scale)
+    out = merge(torch.matmul(torch.softmax(s, -1).to(qkv.dtype), v)).contiguous()
+    return out, torch.logsumexp(s, -1) if save else s.new_empty(0)
+
+
+def reference_backward(grad, qkv, key_mask, out, lse, heads, scale):
+    """Semantics: what the launcher's backward returns, in plain torch; P is computed again from lse, sums are fp32."""
+    acc = wide(qkv)
+    q, k, v = heads_of(qkv.to(acc), heads)
+    (g,) = heads_of(grad.contiguous().to(acc), heads, 1)
+    (o,) = heads_of(out.to(acc), heads, 1)
+    p = torch.exp(scores(q, k, key_mask, scale) - lse[..., None])
+    ds = p * (torch.matmul(g, v.transpose(-1, -2)) - (g * o).sum(-1, keepdim=True)) * scale
+    parts = (torch.matmul(ds, k), torch.matmul(ds.transpose(-1, -2), q), torch.matmul(p.transpose(-1, -2), g))
+    return torch.cat([merge(part) for part in parts], -1).to(qkv.dtype)

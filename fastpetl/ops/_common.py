@@ -1,0 +1,93 @@
+"""What the functional ops share: argument checks, autocast, flattening. Traceable by Dynamo."""
+
+from __future__ import annotations
+
+import torch
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def check_input(function: str, name: str, x) -> None:
+    """x must be a floating-point tensor with at least one dimension."""
+    if not isinstance(x, torch.Tensor):
+        raise TypeError(f"{function}: {name} is a {type(x).__name__}, expected a torch.Tensor")
+    if not x.is_floating_point():
+        raise ValueError(f"{function}: {name} has dtype {_short(x.dtype)}, expected a floating-point dtype")
+    if x.dim() == 0:
+        raise ValueError(f"{function}: {name} has shape (), expected at least one dimension")
+
+
+def check_like(function: str, name: str, t, shape, why: str, x, x_name: str = "x", dtype=None) -> None:
+    """t must have `shape`, x's device and `dtype` (by default x's); `why` says where the shape comes from."""
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"{function}: {name} is a {type(t).__name__}, expected a torch.Tensor")
+    if t.shape != shape:
+        raise ValueError(f"{function}: {name} has shape {tuple(t.shape)}, expected {why}")
+    want = x.dtype if dtype is None else dtype
+    if t.dtype != want:
+        raise ValueError(
+            f"{function}: {name} has dtype {_short(t.dtype)}, expected {_short(want)} to match {x_name} "
+            "(mixed dtypes are taken only under torch.autocast)"
+        )
+    if t.device != x.device:
+        raise ValueError(f"{function}: {name} is on {t.device}, expected {x.device} to match {x_name}")
+
+
+def number(function: str, name: str, value) -> float:
+    """A Python number; a tensor is refused because its gradient would be lost."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{function}: {name} is a {type(value).__name__}, expected a Python number")
+    return float(value)
+
+
+def _short(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def autocast_dtype(x):
+    """The dtype autocast would cast matrix products of x to, or None where it would leave x alone."""
+    device = x.device.type
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def cast(t, dtype):
+    """As autocast casts: floating-point tensors except float64, None stays None."""
+    if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
+        return t
+    return t.to(dtype)
+
+
+def rows(x):
+    """x [..., d] as a dense [rows, d]; an expanded or strided x is copied."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def dense(t):
+    return None if t is None else t.contiguous()
+
+
+def unflatten(y, shape):
+    """y [rows, n] as [*shape[:-1], n] without being an autograd view: users may modify the result in place."""
+    return y if len(shape) == 2 else torch._unsafe_view(y, (*shape[:-1], y.shape[-1]))
+
+
+def wide(t):
+    """The dtype of statistics and sums for t: fp32, float64 for float64."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+def needs_grad(*tensors) -> bool:
+    """Whether autograd has to record this call."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def through_dispatcher(x) -> bool:
+    """Compiled code and tensor subclasses (FakeTensor, ...) go through the registered op, all else to the launcher."""
+    return torch.compiler.is_compiling() or type(x) not in _PLAIN
+
+
+def grad_mask(needs_input_grad) -> int:
+    """Bit i is set where gradient i is wanted."""
+    return sum(1 << i for i, needed in enumerate(needs_input_grad) if needed)

@@ -1,0 +1,58 @@
+"""Weights in a GEMM library's own layout, kept between inference calls while the weights stay the same."""
+
+from __future__ import annotations
+
+import torch
+
+_SAMPLES = 64
+
+
+class PackCache:
+    """Semantics: `get(kind, weights, make)` is `make()`, computed again only when one of `weights` has changed.
+
+    Owned by the module whose weights it packs; not part of a state_dict, empty again after copy, deepcopy and pickle. A
+    weight counts as changed when its storage, shape, dtype or version counter does, or a sample of its values: writes
+    through `.data` (EMA swaps) leave the version counter as it is. Holds one pack per kind.
+    """
+
+    def __init__(self):
+        self._packs = {}
+
+    def get(self, kind, weights, make):
+        try:
+            key = tuple((w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights)
+        except RuntimeError:  # tensors made in inference mode have no version counter: nothing says when they change
+            return make()
+        sample = torch.cat([_sample(w) for w in weights])
+        held = self._packs.get(kind)
+        if held is None or held[0] != key or not torch.equal(held[1], sample):
+            held = self._packs[kind] = (key, sample, make())
+        return held[2]
+
+    def clear(self) -> None:
+        """Semantics: free every pack."""
+        self._packs.clear()
+
+    def __len__(self) -> int:
+        return len(self._packs)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the packs hold, as far as their tensors say."""
+        return sum(pack.numel() * pack.element_size() for _, _, pack in self._packs.values())
+
+    def __copy__(self):
+        return PackCache()
+
+    def __deepcopy__(self, memo):
+        return PackCache()
+
+    def __reduce__(self):
+        return PackCache, ()
+
+
+def _sample(w):
+    """Some 64 values spread over w, as bits (NaN would never compare equal)."""
+    step = max(1, w.numel() // _SAMPLES) | 1  # odd, so that it does not walk down one column
+    bits = torch.int32 if w.element_size() == 4 else torch.int16
+    return w.detach().reshape(-1)[::step].clone().view(bits).to(torch.int32)

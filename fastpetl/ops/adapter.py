@@ -1,0 +1,227 @@
+"""The fused adapter site: LayerNorm, down projection, activation, up projection, scale and residuals in one call."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .. import backends
+from ..spec import activation_code
+from ._adapter import ACT, run_backward, run_forward
+from ._common import (
+    autocast_dtype,
+    cast,
+    check_input,
+    check_like,
+    grad_mask,
+    needs_grad,
+    number,
+    rows,
+    through_dispatcher,
+    unflatten,
+)
+
+__all__ = ["adapter", "adapter_reference"]
+
+
+def adapter(
+    x,
+    w_down,
+    b_down,
+    w_up,
+    b_up,
+    *,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    activation="relu",
+    scale=1.0,
+    residuals=(),
+    backend="auto",
+):
+    """Semantics: y = scale * (act(n(x) w_down^T + b_down) w_up^T + b_up) + sum(residuals), n = LayerNorm iff norm_weight.
+
+    Shapes: x and every residual [..., d]; w_down [r, d]; w_up [d, r]; b_down [r], b_up, norm_weight and norm_bias [d],
+    each may be None.
+    residuals: at most two tensors like x, beside x itself, which is recognised by identity: `residuals=(x, f)` gives x
+    + f + A(x).
+    activation: identity, relu, gelu (erf), gelu_tanh or silu. backend: see `fastpetl.backends`.
+    Dtypes: all tensors of one dtype. Under torch.autocast x and the parameters are cast to its dtype, as F.linear casts
+    them; residuals keep their own dtype and y has the widest, so a float32 residual stream stays float32.
+    Rounds: the fused backends keep statistics, sums and everything between x and y in fp32 except the pre-activation
+    kept for backward; see `adapter_reference` for where plain torch rounds.
+    Gradients: for every tensor argument, computed only where wanted, deterministic; not differentiable twice except
+    with backend="reference".
+    """
+    code = activation_code(activation)
+    eps, scale = number("adapter", "eps", eps), number("adapter", "scale", scale)
+    residuals = _residuals(residuals)
+    stream = x
+    dtype = autocast_dtype(x) if isinstance(x, torch.Tensor) else None
+    if dtype is not None:
+        x, w_down, b_down, w_up, b_up, norm_weight, norm_bias = (
+            cast(t, dtype) for t in (x, w_down, b_down, w_up, b_up, norm_weight, norm_bias)
+        )
+    _check(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias)
+    add_x, fused, late = False, [], []
+    for i, r in enumerate(residuals):
+        check_like(
+            "adapter",
+            f"residuals[{i}]",
+            r,
+            stream.shape,
+            f"{tuple(stream.shape)} to match x",
+            stream,
+            dtype=_dtype(r, stream, dtype),
+        )
+        if r.dtype != x.dtype:
+            late.append(r)
+        elif r is stream and not add_x:
+            add_x = True
+        else:
+            fused.append(r)
+    if len(fused) > 2:
+        raise ValueError(f"adapter: residuals has {len(fused)} tensors beside x, expected at most 2")
+    tensors = (x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, *fused, *(None,) * (2 - len(fused)))
+    y = _call(tensors, add_x, eps, code, scale, backend)
+    for r in late:
+        y = y + r
+    return y
+
+
+def _residuals(residuals) -> tuple:
+    if isinstance(residuals, torch.Tensor) or not isinstance(residuals, (tuple, list)):
+        raise TypeError(f"adapter: residuals is a {type(residuals).__name__}, expected a tuple of tensors")
+    return tuple(residuals)
+
+
+def _dtype(r, stream, autocast):
+    """The dtype a residual must have: x's own, or under autocast any floating dtype (it is added with promotion)."""
+    if autocast is None or not isinstance(r, torch.Tensor) or not r.is_floating_point():
+        return stream.dtype
+    return r.dtype
+
+
+def _check(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias) -> None:
+    check_input("adapter", "x", x)
+    if not isinstance(w_down, torch.Tensor):
+        raise TypeError(f"adapter: w_down is a {type(w_down).__name__}, expected a torch.Tensor")
+    d = x.shape[-1]
+    if w_down.dim() != 2 or w_down.shape[1] != d or w_down.shape[0] == 0:
+        raise ValueError(
+            f"adapter: w_down has shape {tuple(w_down.shape)}, expected (bottleneck, hidden={d}) to match x"
+        )
+    r = w_down.shape[0]
+    check_like("adapter", "w_down", w_down, (r, d), "", x)
+    check_like("adapter", "w_up", w_up, (d, r), f"(hidden={d}, bottleneck={r}) to match w_down", x)
+    if b_down is not None:
+        check_like("adapter", "b_down", b_down, (r,), f"(bottleneck={r},) to match w_down", x)
+    for name, t in (("b_up", b_up), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if t is not None:
+            check_like("adapter", name, t, (d,), f"(hidden={d},) to match x", x)
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError("adapter: norm_bias is given without norm_weight, expected both or norm_weight alone")
+
+
+def _call(tensors, add_x, eps, code, scale, backend):
+    x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2 = tensors
+    compiled = through_dispatcher(x)
+    if compiled:
+        name = backends.resolve_constant("adapter", backend, x.device.type, x.dtype).name
+    else:
+        name = backends.resolve("adapter", backend, x).name
+    if name == "reference":
+        residuals = [r for r in (x if add_x else None, res1, res2) if r is not None]
+        return _formula(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, eps, code, scale, residuals)
+    grad = needs_grad(*tensors)
+    if compiled:
+        flat = [None if t is None else rows(t) for t in (res1, res2)]
+        y = torch.ops.fastpetl.adapter(
+            rows(x), w_down, b_down, w_up, b_up, norm_weight, norm_bias, *flat, add_x, eps, code, scale, grad, name
+        )[0]
+        return y.view(x.shape)
+    if grad:
+        return _Adapter.apply(*tensors, add_x, eps, code, scale, name)
+    return run_forward(name, *tensors, add_x, eps, code, scale, False)[0].view(x.shape)
+
+
+class _Adapter(torch.autograd.Function):
+    """The eager door: straight to the launcher."""
+
+    @staticmethod
+    def forward(ctx, x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, add_x, eps, code, scale, name):
+        ctx.needs = grad_mask(ctx.needs_input_grad[:7])
+        ctx.config = (add_x, code, scale, name)
+        x2 = rows(x)
+        y, z, stats = run_forward(
+            name,
+            x2,
+            w_down,
+            b_down,
+            w_up,
+            b_up,
+            norm_weight,
+            norm_bias,
+            res1,
+            res2,
+            add_x,
+            eps,
+            code,
+            scale,
+            ctx.needs != 0,
+        )
+        if ctx.needs:
+            ctx.save_for_backward(x2, z, stats, w_down, w_up, norm_weight, norm_bias)
+        return unflatten(y, x.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        grads = [None] * 7
+        if ctx.needs:
+            add_x, code, scale, name = ctx.config
+            out = run_backward(name, grad, *ctx.saved_tensors, add_x, code, scale, ctx.needs)
+            grads = [g if ctx.needs >> i & 1 else None for i, g in enumerate(out)]
+            if grads[0] is not None:
+                grads[0] = grads[0].view(grad.shape)
+        res = [grad if needed else None for needed in ctx.needs_input_grad[7:9]]
+        return (*grads, *res, None, None, None, None, None)
+
+
+# --- reference: the contract ------------------------------------------------------------------------------------------
+
+
+def adapter_reference(
+    x,
+    w_down,
+    b_down,
+    w_up,
+    b_up,
+    *,
+    norm_weight=None,
+    norm_bias=None,
+    eps=1e-5,
+    activation="relu",
+    scale=1.0,
+    residuals=(),
+):
+    """Semantics: y = scale * (act(n(x) w_down^T + b_down) w_up^T + b_up) + sum(residuals), n = LayerNorm iff norm_weight.
+
+    Plain torch, the contract of `adapter`: same arguments and shapes, any floating dtype including float64.
+    Rounds to x's dtype after the norm, after each projection, after the activation, after the scale and after each
+    residual.
+    Gradients: torch's own, any order. Source: DAS `Adapter_Layer` (vision_transformer_PA.py), whose `scale` is a Python
+    float.
+    """
+    code = activation_code(activation, "adapter_reference")
+    return _formula(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, eps, code, scale, residuals)
+
+
+def _formula(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, eps, code, scale, residuals):
+    h = x if norm_weight is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    y = F.linear(ACT[code](F.linear(h, w_down, b_down)), w_up, b_up)
+    if scale != 1:
+        y = y * scale
+    for r in residuals:
+        y = y + r
+    return y
