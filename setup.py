@@ -27,12 +27,12 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = "0x020b000000000000"  # the oldest libtorch whose stable ABI the bindings use: 2.11
-BASE_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -Wall"
-AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mavx512bf16"
+BASE_FLAGS = "-O3 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -Wall -Wno-maybe-uninitialized"
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
 ISA_FLAGS = {  # by the end of a file's name in csrc/cpu; which of them runs is decided at run time
     "_avx2.cpp": "-mavx2 -mfma -mf16c",
     "_avx512.cpp": AVX512,
-    "_amx.cpp": AVX512 + " -mamx-tile -mamx-bf16",
+    "_amx.cpp": AVX512 + " -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 
 
@@ -143,14 +143,14 @@ class BuildExt(build_ext):
         for folder in (tmp, out.parent):
             folder.mkdir(parents=True, exist_ok=True)
         archs = os.environ.get("FASTPETL_CUDA_ARCH_LIST") or default_archs(cuda)
-        write_if_changed(tmp / "fastpetl_config.h", config_header(torch_version, cuda, archs))
-        write_if_changed(tmp / "build.ninja", ninja_file(ext, out, tmp, cxx, torch_dir, cuda, archs))
         ninja = shutil.which("ninja", path=os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")]))
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         if jobs := os.environ.get("MAX_JOBS"):
             command += ["-j", jobs]
         with open(tmp / "lock", "w") as lock:  # two builds of one checkout would write the same objects
             fcntl.flock(lock, fcntl.LOCK_EX)
+            write_if_changed(tmp / "fastpetl_config.h", config_header(torch_version, cuda, archs))
+            write_if_changed(tmp / "build.ninja", ninja_file(ext, out, tmp, cxx, torch_dir, cuda, archs))
             if subprocess.run([*command, "-C", str(tmp)]).returncode != 0:
                 raise CannotBuild("compiling csrc/ failed, see above")
 
@@ -191,7 +191,8 @@ def ninja_file(ext, out, tmp, cxx, torch_dir, cuda, archs):
             raise CannotBuild(f"{cuda} has no libcudart_static.a")
         libs += f" {runtime} -ldl -lrt -lpthread"  # static: nothing to find where torch has no CUDA
     objects = []
-    for source in ext.sources:
+    # ISA files last: of an inline function that several objects hold, the linker keeps the first one it meets
+    for source in sorted(ext.sources, key=lambda s: (s.endswith(tuple(ISA_FLAGS)), s)):
         name = Path(source).name
         isa = next((flags for end, flags in ISA_FLAGS.items() if name.endswith(end)), "")
         if (isa and not x86) or (source.endswith(".cu") and not cuda):
