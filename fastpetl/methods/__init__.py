@@ -1,0 +1,106 @@
+"""`attach` adds the modules of a PETL method to a model and freezes the rest; `detach` takes them away again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fastpetl.methods.das import DASConfig
+from fastpetl.patching import patch as _patch
+from fastpetl.patching import registry, unpatch
+
+__all__ = ["Attached", "DASConfig", "attach", "attached", "detach"]
+
+_CONFIGS = (DASConfig,)
+_KEY = "_fastpetl_attached"
+
+
+@dataclass(frozen=True)
+class Attached:
+    """What `attach` did: the configuration with every size a number, and requires_grad of each parameter before."""
+
+    config: DASConfig
+    requires_grad: dict[str, bool]
+
+
+def attached(model: nn.Module) -> Attached | None:
+    """Semantics: what is attached to `model`, or None."""
+    return model.__dict__.get(_KEY)
+
+
+def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
+    """Semantics: add the method's modules, freeze every parameter it does not train, then `fastpetl.patch`; in place;
+    returns `model`.
+
+    config: a DASConfig. New weights are drawn from the global random generator, in the dtype and on the device of the
+    block they join. With patch=False the added modules run in plain torch. An attach that raises has changed nothing.
+    """
+    if not isinstance(config, _CONFIGS):
+        names = ", ".join(cls.__name__ for cls in _CONFIGS)
+        raise TypeError(f"attach: config is {type(config).__name__}, expected one of: {names}")
+    family, host = registry.family_of(model, "attach")
+    if attached(model) is not None or family.is_attached(host):
+        raise ValueError("attach: model has adapters attached already; fastpetl.detach(model) first")
+    config = config.resolved(family.hidden(host), *family.das_sizes)
+    reason = family.attach_reason(host)
+    if reason is not None:
+        raise ValueError(f"attach: {reason}")
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    names, backend = _patched(model)
+    unpatch(model)  # which fused class is right depends on what is attached
+    try:
+        family.attach_das(host, config)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(config.trainable(name))
+        model.__dict__[_KEY] = Attached(config, flags)
+        if patch:
+            _patch(model, backend=backend)
+        else:
+            _patch_again(model, names, backend)
+    except BaseException:
+        _remove(model, family, host, flags)
+        _patch_again(model, names, backend)
+        raise
+    return model
+
+
+def detach(model: nn.Module) -> nn.Module:
+    """Semantics: remove what `attach` added and give every parameter the requires_grad it had; in place; returns
+    `model`.
+
+    Frozen weights are bit-equal to those before `attach`; what was trained besides adapters (head, pooler, token
+    types) keeps what it learnt. A skip plan through shortcut adapters goes with them. A patched model stays patched.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"detach: model is {type(model).__name__}, expected a torch.nn.Module")
+    state = attached(model)
+    if state is None:
+        raise ValueError("detach: model has nothing attached, expected the object that fastpetl.attach returned")
+    family, host = registry.family_of(model, "detach")
+    names, backend = _patched(model)
+    _remove(model, family, host, state.requires_grad)
+    _patch_again(model, names, backend)
+    return model
+
+
+def _remove(model, family, host, flags) -> None:
+    unpatch(model)
+    family.detach_das(host)
+    model.__dict__.pop(_KEY, None)
+    for name, parameter in model.named_parameters():
+        if name in flags:
+            parameter.requires_grad_(flags[name])
+
+
+def _patched(model) -> tuple[set[str], str]:
+    """The names of the patched modules, and the backend they were patched for."""
+    replacements = {rule.replacement for rule in registry.rules()}
+    fused = {n: m for n, m in model.named_modules() if f"{type(m).__module__}:{type(m).__qualname__}" in replacements}
+    backends = {getattr(module, "_fastpetl_backend", "auto") for module in fused.values()}
+    return set(fused), backends.pop() if len(backends) == 1 else "auto"
+
+
+def _patch_again(model, names: set[str], backend: str) -> None:
+    if names:
+        _patch(model, backend=backend, filter_fn=lambda module, name: name in names)

@@ -1,0 +1,109 @@
+"""Which children a fused module may read past their `forward`, checked when patching and again, cheaply, at every call.
+
+A fused block takes `child.weight` and never calls the child. That is right only while the child is exactly the class
+the block was written for, with nobody listening: hooks, PEFT wrappers, quantised, parametrised or sharded weights all
+live in the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.nn.modules import module as nn_module
+
+_PLAIN = (nn.Parameter, torch.Tensor)  # DTensor, quantised and other tensor subclasses are not read behind their backs
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Inlined:
+    """One inlined child: the exact classes it may have, its own children (name -> Inlined), and those of them that
+    are called.
+    """
+
+    __slots__ = ("called", "children", "classes")
+
+    def __init__(self, classes: type | tuple[type, ...], children: Mapping[str, Inlined] | None = None, called=()):
+        self.classes = classes if isinstance(classes, tuple) else (classes,)
+        self.children = dict(children or {})
+        self.called = frozenset(called)
+
+
+def structure(**children: type | Inlined) -> dict[str, Inlined]:
+    """Semantics: name -> Inlined for each child; a bare class is a child without children."""
+    return {name: c if isinstance(c, Inlined) else Inlined(c) for name, c in children.items()}
+
+
+def structure_reason(
+    module: nn.Module, expected: Mapping[str, Inlined], dtype=None, device=None, prefix: str = ""
+) -> str | None:
+    """Semantics: None if `module`'s children are exactly `expected`, unhooked, with plain tensors (of dtype and
+    device, if given); else the reason, naming the child.
+    """
+    children = module._modules
+    for name, inlined in expected.items():
+        child = children.get(name)
+        kind = type(child)
+        if kind not in inlined.classes:
+            return f"{prefix}{name} is {_class_name(kind)}, expected {_class_name(inlined.classes[0])}"
+        state = child.__dict__
+        for hooks in _HOOKS:
+            if state[hooks]:
+                return f"{prefix}{name} has {hooks.strip('_').replace('_', ' ')}, which a fused block would not call"
+        if "forward" in state:
+            return f"{prefix}{name}.forward was replaced on the instance (accelerate's offloading does this)"
+        for key, value in state["_parameters"].items():
+            reason = _tensor_reason(value, dtype, device)
+            if reason is not None:
+                return f"{prefix}{name}.{key} {reason}"
+        if len(state["_modules"]) != len(inlined.children):
+            extra = sorted(set(state["_modules"]) - set(inlined.children) - inlined.called)
+            if extra:
+                return f"{prefix}{name} has a child {extra[0]!r}, which {_class_name(kind)} does not have"
+        if inlined.children:
+            reason = structure_reason(child, inlined.children, dtype, device, f"{prefix}{name}.")
+            if reason is not None:
+                return reason
+    return None
+
+
+def call_reason(module: nn.Module, expected: Mapping[str, Inlined], x: torch.Tensor) -> str | None:
+    """Semantics: why this call must take the original forward, or None."""
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast: the original forward rounds where autocast says"
+    if not torch.compiler.is_compiling():
+        if nn_module._has_any_global_hook():
+            return "global module hooks are registered"
+        if torch.jit.is_tracing():
+            return "torch.jit tracing"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "torch.func transform"
+    return structure_reason(module, expected, x.dtype, x.device)
+
+
+def note_fallback(module: nn.Module, reason: str) -> None:
+    """Remember why the last call was composed, for `fastpetl.report`. Not under torch.compile, where it would be a
+    side effect.
+    """
+    if not torch.compiler.is_compiling() and module.__dict__.get("_fastpetl_fallback") != reason:
+        module.__dict__["_fastpetl_fallback"] = reason
+
+
+def _tensor_reason(value, dtype, device) -> str | None:
+    if value is None:
+        return None
+    if type(value) not in _PLAIN:
+        return f"is a {_class_name(type(value))}, expected a plain tensor (not sharded, quantised or wrapped)"
+    if dtype is not None and value.dtype is not dtype:
+        return f"has dtype {value.dtype}, the input {dtype}"
+    if device is not None and value.device != device:
+        return f"is on {value.device}, the input on {device}"
+    return None
+
+
+def _class_name(cls: type) -> str:
+    if cls is type(None):
+        return "missing"
+    module = cls.__module__
+    return cls.__qualname__ if module == "builtins" else f"{module}.{cls.__qualname__}"

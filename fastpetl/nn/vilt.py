@@ -1,0 +1,179 @@
+"""Hugging Face's ViLT, fused: the classes `fastpetl.patch` swaps in for ViltLayer, with and without DAS adapters, and
+ViltEncoder.
+
+One block is [LN | qkv] -> attention -> proj -> site -> [LN | fc1] -> [gelu | fc2] -> site, every step one op of
+`fastpetl.ops`. What a call asks for that the ops do not do takes the original forward or, where only the attention is
+concerned, attention in torch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import GELUActivation
+from transformers.models.vilt import modeling_vilt
+
+from fastpetl.nn.adapter import INLINED_ADAPTER, fused_adapter
+from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure
+from fastpetl.nn.vilt_das import DASViltLayer, SkipViltEncoder
+
+
+def _layer_structure(inline_activation: bool, **adapters: Inlined) -> dict[str, Inlined]:
+    dense_dropout = structure(dense=nn.Linear, dropout=nn.Dropout)
+    qkv = structure(query=nn.Linear, key=nn.Linear, value=nn.Linear, dropout=nn.Dropout)
+    mlp = structure(dense=nn.Linear, **({"intermediate_act_fn": GELUActivation} if inline_activation else {}))
+    return structure(
+        attention=Inlined(
+            modeling_vilt.ViltAttention,
+            structure(
+                attention=Inlined(modeling_vilt.ViltSelfAttention, qkv),
+                output=Inlined(modeling_vilt.ViltSelfOutput, dense_dropout),
+            ),
+        ),
+        intermediate=Inlined(modeling_vilt.ViltIntermediate, mlp, called=("intermediate_act_fn",)),
+        output=Inlined(modeling_vilt.ViltOutput, dense_dropout),
+        layernorm_before=nn.LayerNorm,
+        layernorm_after=nn.LayerNorm,
+        **adapters,
+    )
+
+
+_ADAPTERS = {"adapter0": INLINED_ADAPTER, "adapter1": INLINED_ADAPTER}
+
+
+def exact_gelu(activation) -> bool:
+    """Semantics: is it ViLT's default activation, x * Phi(x) by erf? That one is inlined, any other is called."""
+    return type(activation) is GELUActivation and activation.act is F.gelu
+
+
+class _FusedBlock:
+    """What the fused layers share: a mixin before the original class, whose forward is the way back."""
+
+    _fastpetl_backend = "auto"
+    _fastpetl_fallback = None
+    _fastpetl_structures: tuple[dict[str, Inlined], dict[str, Inlined]]  # activation called, activation inlined
+
+    @classmethod
+    def structure_of(cls, layer) -> dict[str, Inlined]:
+        """What this class reads of `layer` past its children's forward."""
+        activation = getattr(layer._modules.get("intermediate"), "intermediate_act_fn", None)
+        return cls._fastpetl_structures[exact_gelu(activation)]
+
+    def forward(self, hidden_states, attention_mask=None, output_attentions=False):
+        if output_attentions:
+            reason = "output_attentions=True: the original forward makes the maps"
+        else:
+            reason = call_reason(self, self.structure_of(self), hidden_states)
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(hidden_states, attention_mask, output_attentions)
+        return (self._block(hidden_states, attention_mask),)
+
+    def _block(self, x, attention_mask):
+        from fastpetl import ops
+        from fastpetl.backends import for_op
+
+        linear = for_op("linear", self._fastpetl_backend)
+        attention, proj, mlp, out = self.attention.attention, self.attention.output, self.intermediate, self.output
+        qkv = _side_by_side(attention.query, attention.key, attention.value)
+        h = ops.linear(x, *qkv, norm=_norm(self.layernorm_before), backend=linear)
+        h = _attend(attention, h, attention_mask, for_op("attention", self._fastpetl_backend))
+        h = ops.linear(h, *_side_by_side(proj.dense), backend=linear)
+        x = self._site(0, x, _drop(h, proj.dropout))
+        h = ops.linear(x, *_side_by_side(mlp.dense), norm=_norm(self.layernorm_after), backend=linear)
+        gelu = exact_gelu(mlp.intermediate_act_fn)
+        if not gelu:
+            h = mlp.intermediate_act_fn(h)
+        h = ops.linear(h, *_side_by_side(out.dense), activation="gelu" if gelu else None, backend=linear)
+        return self._site(1, x, _drop(h, out.dropout))
+
+
+class FusedViltLayer(_FusedBlock, modeling_vilt.ViltLayer):
+    """ViltLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+    _fastpetl_structures = (_layer_structure(False), _layer_structure(True))
+
+    def _site(self, index, x, f):
+        return f + x
+
+
+class FusedDASViltLayer(_FusedBlock, DASViltLayer):
+    """ViltLayer with DAS adapters, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+    _fastpetl_structures = (_layer_structure(False, **_ADAPTERS), _layer_structure(True, **_ADAPTERS))
+
+    def _site(self, index, x, f):
+        from fastpetl.backends import for_op
+
+        adapter = self.adapter1 if index else self.adapter0
+        return fused_adapter(adapter, x, (x, f), for_op("adapter", self._fastpetl_backend))
+
+
+class _SharedMask:
+    """Tells the layers when a mask depends on the key alone, as ViltModel's always does.
+
+    Semantics: the same values; a [batch, 1, T, T] mask whose rows are equal is passed on as a view of its first row.
+    """
+
+    def forward(self, hidden_states, attention_mask=None, *args, **kwargs):
+        return super().forward(hidden_states, _share_rows(attention_mask), *args, **kwargs)
+
+
+class FusedViltEncoder(_SharedMask, modeling_vilt.ViltEncoder):
+    """ViltEncoder, patched. Made by `fastpetl.patch`, never constructed."""
+
+
+class FusedSkipViltEncoder(_SharedMask, SkipViltEncoder):
+    """SkipViltEncoder, patched. Made by `fastpetl.patch`, never constructed."""
+
+
+def _side_by_side(*linears: nn.Linear) -> tuple[tuple, tuple | None]:
+    weights = tuple(linear.weight for linear in linears)
+    return weights, None if linears[0].bias is None else tuple(linear.bias for linear in linears)
+
+
+def _norm(norm: nn.LayerNorm) -> tuple:
+    return norm.weight, norm.bias, norm.eps
+
+
+def _drop(x: torch.Tensor, dropout: nn.Dropout) -> torch.Tensor:
+    return F.dropout(x, dropout.p) if dropout.training and dropout.p > 0 else x
+
+
+def _share_rows(mask: torch.Tensor | None) -> torch.Tensor | None:
+    # Under torch.compile the comparison would break the graph: the layers then attend in torch.
+    if mask is None or mask.dim() != 4 or _key_only(mask) or torch.compiler.is_compiling():
+        return mask
+    row = mask[:, :, :1]
+    return row.expand_as(mask) if bool((mask == row).all()) else mask
+
+
+def _key_only(mask: torch.Tensor) -> bool:
+    return mask.dim() == 4 and mask.size(1) == 1 and (mask.size(2) == 1 or mask.stride(2) == 0)
+
+
+def _attend(attention, qkv: torch.Tensor, mask: torch.Tensor | None, backend: str) -> torch.Tensor:
+    """Semantics: softmax(q k^T / sqrt(d) + mask) v per head; the op if the mask depends on the key alone and nothing
+    is dropped.
+    """
+    heads, size, dropout = attention.num_attention_heads, attention.attention_head_size, attention.dropout
+    batch, tokens, _ = qkv.shape
+    dropped = dropout.training and dropout.p > 0
+    if not dropped and (mask is None or (_key_only(mask) and mask.is_floating_point())):
+        from fastpetl import ops
+
+        key_mask = None if mask is None else mask[:, 0, 0].float().expand(batch, tokens)
+        return ops.attention(qkv, heads, key_mask=key_mask, scale=1.0 / math.sqrt(size), backend=backend)
+    q, k, v = qkv.view(batch, tokens, 3, heads, size).permute(2, 0, 3, 1, 4)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(size)
+    if mask is not None:
+        scores = scores + mask
+    return (_drop(scores.softmax(-1), dropout) @ v).transpose(1, 2).reshape(batch, tokens, heads * size)
+
+
+# Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
+FusedViltLayer.__name__ = FusedDASViltLayer.__name__ = "ViltLayer"
+FusedViltEncoder.__name__ = FusedSkipViltEncoder.__name__ = "ViltEncoder"

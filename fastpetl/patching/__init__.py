@@ -1,0 +1,160 @@
+"""`patch` makes a model's modules fast where they stand: it swaps their class for a subclass that calls fused ops.
+
+Parameters, buffers, names, hooks, isinstance, deepcopy and pickle are as before, for the modules are the same objects
+and hold the same things. Nothing global changes: other models, and classes, stay as they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+from torch import nn
+
+from fastpetl.patching import registry
+from fastpetl.patching.registry import Rule
+from fastpetl.patching.report import Report, Row
+
+__all__ = ["Report", "Row", "patch", "report", "unpatch"]
+
+_NOT_PATCHED = "not patched: patch was not called, or its filter_fn left it out"
+_STATE = ("_fastpetl_backend", "_fastpetl_fallback")
+
+
+def patch(
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    strict: bool = False,
+) -> nn.Module:
+    """Semantics: every module of `model` that a rule matches runs fused from now on; in place; returns `model`.
+
+    backend: "auto", or a backend of `fastpetl.ops` which then must serve (RuntimeError saying why it cannot).
+    filter_fn(module, name): leave out the modules for which it is false. strict: ValueError if anything that looks
+    like a match is declined, or nothing matches; otherwise `fastpetl.report(model)` says what was declined and why,
+    and a model without a match gets a warning. A patch that raises has changed nothing. Patching twice is patching
+    once.
+    """
+    _check_model(model, "patch")
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"patch: filter_fn is {type(filter_fn).__name__}, expected a function (module, name) -> bool")
+    plan, declined, found = [], [], False
+    for name, module, rule, reason in _matches(model):
+        found = True
+        if filter_fn is not None and not filter_fn(module, name):
+            continue
+        if reason is None:
+            _backends(
+                rule, module, backend
+            )  # raises now if an explicit backend cannot serve, before anything is changed
+            plan.append((module, rule))
+        else:
+            declined.append(f"{name}: {reason}")
+    if not found:
+        message = f"patch: model is {type(model).__name__}, in which nothing matches a patch rule"
+        if strict:
+            raise ValueError(f"{message} (strict=True)")
+        warnings.warn(message, stacklevel=2)
+    if strict and declined:
+        raise ValueError(f"patch: {len(declined)} modules are declined (strict=True): " + "; ".join(declined))
+    replacements = [rule.replacement_class() for _, rule in plan]
+    for (module, _), replacement in zip(plan, replacements, strict=True):
+        module.__class__ = replacement
+        if backend == "auto":
+            module.__dict__.pop("_fastpetl_backend", None)
+        else:
+            module.__dict__["_fastpetl_backend"] = backend
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Semantics: undo `patch` exactly; in place; returns `model`. What was attached or set to be skipped stays."""
+    _check_model(model, "unpatch")
+    originals = {rule.replacement: rule for rule in registry.rules()}
+    for module in model.modules():
+        rule = originals.get(_key(type(module)))
+        if rule is not None:
+            module.__class__ = rule.target_class()
+            for key in _STATE:
+                module.__dict__.pop(key, None)
+    return model
+
+
+def report(model: nn.Module) -> Report:
+    """Semantics: one row per module that is patched or looks like one that could be, as the model stands now."""
+    _check_model(model, "report")
+    rows = []
+    for name, module, rule, reason in _matches(model):
+        patched = _key(type(module)) == rule.replacement
+        status = "patched" if patched else "declined"
+        fallback = getattr(module, "_fastpetl_fallback", None) if patched else None
+        notes = [reason or ("" if patched else "not patched"), f"last original forward: {fallback}" if fallback else ""]
+        if patched and reason is None:
+            notes.insert(0, rule.note(module))
+        backend = ""
+        if patched:
+            try:
+                backend, why = _backends(rule, module, getattr(module, "_fastpetl_backend", "auto"))
+                notes.append(why)
+            except RuntimeError as error:  # moved or cast since it was patched for an explicit backend
+                notes.append(str(error))
+        rows.append(Row(name, rule.kind, status, "; ".join(note for note in notes if note), backend))
+    return Report(tuple(rows))
+
+
+def _matches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule, str | None]]:
+    """(name, module, rule, reason to decline) of everything that is, was before patching, or derives from a rule's
+    target.
+    """
+    rules = [(rule, rule.target_class()) for rule in registry.rules()]
+    rules = [(rule, target) for rule, target in rules if target is not None]
+    exact = {target: rule for rule, target in rules} | {rule.replacement: rule for rule, _ in rules}
+    for name, module in model.named_modules():
+        cls = type(module)
+        rule = exact.get(cls) or exact.get(_key(cls))
+        if rule is not None:
+            yield name, module, rule, _forward_reason(module) or rule.check(module)
+            continue
+        for rule, target in rules:
+            if isinstance(module, target):
+                yield (
+                    name,
+                    module,
+                    rule,
+                    f"its class is {_key(cls)}, a subclass of {rule.target}, expected exactly that",
+                )
+                break
+
+
+def _forward_reason(module: nn.Module) -> str | None:
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (by accelerate, or another patcher): a new class would not reach it"
+    return None
+
+
+def _backends(rule: Rule, module: nn.Module, backend: str) -> tuple[str, str]:
+    """The backends that serve a module where and in the dtype it is, "op: backend, ...", and why "auto" fell back."""
+    if not rule.ops:
+        return "", ""
+    from fastpetl.backends import for_op, resolve_for
+
+    weight = next((p for p in module.parameters() if p.is_floating_point()), None)
+    if weight is None:
+        return "", ""
+    choices = {op: resolve_for(op, for_op(op, backend), weight.device.type, weight.dtype) for op in rule.ops}
+    why: dict[str, list[str]] = {}
+    for op, choice in choices.items():
+        if "fell back" in choice.reason:
+            why.setdefault(choice.reason, []).append(op)
+    names = ", ".join(f"{op}: {choice.name}" for op, choice in choices.items())
+    return names, "; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in why.items())
+
+
+def _key(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _check_model(model, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model is {type(model).__name__}, expected a torch.nn.Module")

@@ -1,0 +1,98 @@
+"""Skippable blocks and plans: which of them a model leaves out, and what a skipped sample gets instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+SHORTCUTS = ("adapter", "identity")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block that can be skipped, in gate order.
+
+    macs: multiply-accumulates of one sample through the block as it stands, in-block adapters included, at the
+    longest sequence the configuration has; shortcut_macs: of what a skipped sample gets instead, with the shortcut
+    now set (or the default one).
+    """
+
+    index: int
+    name: str
+    macs: int
+    kind: str
+    shortcut_macs: int = 0
+
+
+@dataclass(frozen=True)
+class SkipPlan:
+    """Semantics: the indices of the blocks to skip, in `fastpetl.blocks` order, for the whole batch, and the shortcut
+    they get.
+
+    shortcut "adapter" (x + A_skip(x)), "identity" (x), or None: that of the attached configuration.
+    """
+
+    blocks: tuple[int, ...]
+    shortcut: str | None = None
+
+    def __post_init__(self):
+        if isinstance(self.blocks, str) or not isinstance(self.blocks, Iterable):
+            raise TypeError(f"SkipPlan: blocks is {self.blocks!r}, expected block indices")
+        indices = tuple(self.blocks)
+        for index in indices:
+            if not isinstance(index, int) or isinstance(index, bool) or index < 0:
+                raise ValueError(
+                    f"SkipPlan: blocks has {index!r}, expected block indices >= 0 (a mask goes to SkipPlan.from_mask)"
+                )
+        if len(set(indices)) != len(indices):
+            raise ValueError(f"SkipPlan: blocks is {indices}, expected each index once")
+        check_shortcut(self.shortcut, "SkipPlan")
+        object.__setattr__(self, "blocks", tuple(sorted(indices)))
+
+    @classmethod
+    def from_mask(cls, mask, shortcut: str | None = None) -> SkipPlan:
+        """Semantics: the plan that skips block i where mask[i]; mask: n_blocks bools (list, tuple, tensor or array)."""
+        return cls(
+            tuple(i for i, skipped in enumerate(mask_values(mask, None, "SkipPlan.from_mask")) if skipped), shortcut
+        )
+
+    def mask(self, n_blocks: int) -> tuple[bool, ...]:
+        """Semantics: n_blocks bools, True = skip."""
+        if self.blocks and self.blocks[-1] >= n_blocks:
+            raise ValueError(f"skip: plan skips block {self.blocks[-1]}, expected indices below n_blocks={n_blocks}")
+        return tuple(i in self.blocks for i in range(n_blocks))
+
+
+def check_shortcut(shortcut: str | None, function: str) -> None:
+    if shortcut is not None and shortcut not in SHORTCUTS:
+        raise ValueError(f"{function}: shortcut is {shortcut!r}, expected one of {', '.join(SHORTCUTS)}")
+
+
+def mask_values(mask, n_blocks: int | None, function: str) -> tuple[bool, ...]:
+    """Semantics: a whole-batch mask as a tuple of n_blocks bools (None: any number); errors say what it is instead."""
+    expected = "(n_blocks,)" if n_blocks is None else f"(n_blocks={n_blocks},)"
+    one = f"expected {expected}: one mask for the whole batch; masks per sample [batch, n_blocks] are not supported yet"
+    bools = "expected bools (True = skip); block indices go in a SkipPlan"
+    shape = getattr(mask, "shape", None)
+    if shape is not None:  # a tensor or an array
+        if len(shape) == 2:
+            raise NotImplementedError(f"{function}: mask has shape {tuple(shape)}, {one}")
+        if len(shape) != 1:
+            raise ValueError(f"{function}: mask has shape {tuple(shape)}, expected {expected}")
+        if str(mask.dtype).removeprefix("torch.") != "bool":
+            raise TypeError(f"{function}: mask has dtype {mask.dtype}, {bools}")
+        values = mask.tolist()
+    elif isinstance(mask, (list, tuple)):
+        values = list(mask)
+        if any(isinstance(value, (list, tuple)) for value in values):
+            raise NotImplementedError(f"{function}: mask is nested, {one}")
+        wrong = next((value for value in values if not isinstance(value, bool)), None)
+        if wrong is not None:
+            raise TypeError(f"{function}: mask has the element {wrong!r}, {bools}")
+    else:
+        raise TypeError(
+            f"{function}: mask is {type(mask).__name__}, expected a SkipPlan or a bool mask of shape {expected}"
+        )
+    if n_blocks is not None and len(values) != n_blocks:
+        raise ValueError(f"{function}: mask has shape ({len(values)},), expected {expected}")
+    return tuple(values)
