@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from ._build import extension
+
 __all__ = [
     "BACKENDS",
     "Choice",
@@ -58,18 +60,6 @@ class Choice(NamedTuple):
 
 
 @functools.cache
-def _extension() -> tuple[bool, str]:
-    """Whether fastpetl._C loads; it registers the C++ ops when it is imported."""
-    if importlib.util.find_spec("fastpetl._C") is None:
-        return False, "fastpetl._C is not built (it needs a C++ compiler: `make` or `pip install .`)"
-    try:
-        importlib.import_module("fastpetl._C")
-    except ImportError as error:
-        return False, f"fastpetl._C does not load: {error}"
-    return True, "fastpetl._C is built"
-
-
-@functools.cache
 def _triton_kernels() -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed"
@@ -87,10 +77,12 @@ def _verify_cpp(op, device, dtype, head_dim):
         return False, f"the C++ kernels take float32 and bfloat16, the tensors are {_short(dtype)}"
     if op == "attention" and head_dim > MAX_HEAD_DIM:
         return False, f"the C++ attention takes heads of at most {MAX_HEAD_DIM} channels, these have {head_dim}"
-    built, reason = _extension()
-    if built and not hasattr(torch.ops.fastpetl, f"cpu_{op}_forward"):
+    module, reason = extension()
+    if module is None:
+        return False, reason
+    if not hasattr(torch.ops.fastpetl, f"cpu_{op}_forward"):
         return False, f"fastpetl._C was built without cpu_{op}_forward"
-    return built, reason
+    return True, "the C++ kernels are built"
 
 
 def _verify_triton(op, device, dtype, head_dim):
@@ -103,6 +95,9 @@ def _verify_triton(op, device, dtype, head_dim):
         )
     if device not in ("cpu", "cuda"):
         return False, f"the Triton kernels run on CUDA, the tensors are on {device}"
+    if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        major, minor = torch.cuda.get_device_capability()
+        return False, f"the Triton kernels need compute capability 8.0 or newer, this device has {major}.{minor}"
     return _triton_kernels()
 
 

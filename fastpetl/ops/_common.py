@@ -70,7 +70,7 @@ def dense(t):
 
 def unflatten(y, shape):
     """y [rows, n] as [*shape[:-1], n] without being an autograd view: users may modify the result in place."""
-    return y if len(shape) == 2 else torch._unsafe_view(y, (*shape[:-1], y.shape[-1]))
+    return y if len(shape) == 2 else torch.ops.aten._unsafe_view(y, (*shape[:-1], y.shape[-1]))
 
 
 def wide(t):
