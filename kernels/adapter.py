@@ -1,0 +1,239 @@
+"""Launchers of the Triton adapter kernels; same arguments and results as the C++ ops cpu_adapter_forward/backward.
+
+    y = scale*(act(n(x) w_down^T + b_down) w_up^T + b_up) + (x if add_x) + res1 + res2
+
+The kernels are in adapter_kernels.py, their tile sizes in adapter_config.py. Without a GPU they run in Triton's interpreter
+(TRITON_INTERPRET=1). `verify` says whether a call can be served, and if not, why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+
+from . import adapter_config
+from . import adapter_kernels as K
+from .adapter_config import Config
+
+INTERPRETED = not isinstance(K.forward_fused, triton.runtime.JITFunction)
+_KIND = {torch.float32: "float", torch.bfloat16: "half", torch.float16: "half"}
+_WIDEST = 1 << 22  # offsets inside a tile of 128 rows fit 32 bits
+DX, DW_DOWN, DB_DOWN, DW_UP, DB_UP, DNORM_WEIGHT, DNORM_BIAS = (1 << i for i in range(7))
+
+
+def verify(x: torch.Tensor, d: int | None = None, r: int | None = None, dtype: torch.dtype | None = None) -> tuple[bool, str]:
+    """Semantics: (True, "") if the kernels can serve x [..., d] with bottleneck r, else (False, why)."""
+    dtype = x.dtype if dtype is None else dtype
+    if dtype not in _KIND:
+        return False, f"the Triton adapter takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
+    for name, n in (("hidden", d if d is not None else x.shape[-1]), ("bottleneck", r)):
+        if n is not None and not 1 <= n <= _WIDEST:
+            return False, f"the Triton adapter takes a {name} width of 1 to {_WIDEST}, got {n}"
+    if x.is_cuda:
+        if torch.version.hip is not None:
+            return False, "the Triton adapter is checked on NVIDIA GPUs only, this torch is built for ROCm"
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability < (8, 0):
+            return False, f"the Triton adapter needs compute capability 8.0 or newer, {x.device} has {capability[0]}.{capability[1]}"
+    elif not (INTERPRETED and x.device.type == "cpu"):
+        return False, f"the Triton adapter needs a CUDA tensor (or TRITON_INTERPRET=1 on the CPU), got {x.device.type}"
+    return True, ""
+
+
+def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, add_x, eps, activation, scale, save,
+                    *, config: Config | None = None):  # fmt: skip
+    """Semantics: y[i] = scale*(act(n(x[i]) w_down^T + b_down) w_up^T + b_up) + (x[i] if add_x) + res1[i] + res2[i].
+
+    x, res1, res2 [rows, d]; w_down [r, d]; w_up [d, r]; n is LayerNorm iff norm_weight is given. All contiguous and of one
+    dtype. activation: 0 identity, 1 relu, 2 gelu (erf), 3 gelu_tanh, 4 silu. Statistics and sums in fp32; rounded to the
+    dtype: z, act(z), y, and with `config.fold` the product w_down*norm_weight (then n(x) itself is not rounded).
+    Returns (y, z, stats): with `save` z [rows, r] is the pre-activation and stats [rows, 2] fp32 are (mean, rstd).
+    `config` overrides the table's choice (tuning and tests).
+    """
+    rows, d, r = _sizes("adapter_forward", x, w_down)
+    _check(
+        "adapter_forward", x,
+        (("w_down", w_down, (r, d)), ("b_down", b_down, (r,)), ("w_up", w_up, (d, r)), ("b_up", b_up, (d,)),
+         ("norm_weight", norm_weight, (d,)), ("norm_bias", norm_bias, (d,)), ("res1", res1, (rows, d)),
+         ("res2", res2, (rows, d))),
+    )  # fmt: skip
+    norm = norm_weight is not None
+    cfg = config or adapter_config.select(_KIND[x.dtype], "forward", d, r, rows)
+    y = torch.empty_like(x)
+    z = x.new_empty((rows, r) if save else (0,))
+    stats = x.new_empty((rows, 2) if save and norm else (0,), dtype=torch.float32)
+    if rows == 0:
+        return y, z, stats
+    with _on_device(x):
+        down = w_down, b_down, None, norm_weight, norm_bias
+        if norm and cfg.fold:
+            down = _fold(w_down, b_down, norm_weight, norm_bias)
+        st = stats if save and norm else None
+        norm_kind = (2 if cfg.fold else 1) if norm else 0
+        tiles = triton.cdiv(rows, cfg.block_m)
+        opt = dict(num_warps=cfg.num_warps, num_stages=cfg.num_stages, NS=cfg.num_stages, BM=cfg.block_m, D=d, R=r, R1=cfg.r1)
+        if cfg.split:
+            z_buffer = z if save else x.new_empty(rows, r)
+            grid = (tiles, triton.cdiv(r, cfg.r1))
+            _launch(K.forward_down, grid, x, *down, z_buffer, st, rows, float(eps), BK=cfg.block_k, NORM=norm_kind, **opt)
+            grid = (tiles, triton.cdiv(d, cfg.block_n))
+            _launch(K.forward_up, grid, z_buffer, x, w_up, b_up, res1, res2, y, rows, float(scale),
+                    BN=cfg.block_n, ACT=activation, ADD_X=bool(add_x), **opt)  # fmt: skip
+        else:
+            _launch(K.forward_fused, (tiles,), x, *down, w_up, b_up, res1, res2, y, z if save else None, st,
+                    rows, float(eps), float(scale), R2=cfg.r2, BK=cfg.block_k, BN=cfg.block_n, ACT=activation,
+                    NORM=norm_kind, ADD_X=bool(add_x), **opt)  # fmt: skip
+    return y, z, stats
+
+
+def adapter_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, add_x, activation, scale, needs,
+                     *, config: Config | None = None):  # fmt: skip
+    """Semantics: (dx, dw_down, db_down, dw_up, db_up, dnorm_weight, dnorm_bias) of adapter_forward for grad = dL/dy.
+
+    `needs` is a bit mask in that order; what is not needed comes back with 0 elements, and costs nothing. dx includes grad
+    itself iff add_x. z and stats are adapter_forward's. Sums in fp32, no atomics: the same bits every time.
+    The gradients of the norm's weight and bias come from r x d products, never from a sum over rows:
+    dnorm_weight = sum_r (dz^T xhat)*w_down, dnorm_bias = w_down^T (column sums of dz).
+    """
+    rows, d, r = _sizes("adapter_backward", x, w_down)
+    norm = norm_weight is not None
+    _check(
+        "adapter_backward", x,
+        (("grad", grad, (rows, d)), ("z", z, (rows, r)), ("w_down", w_down, (r, d)), ("w_up", w_up, (d, r)),
+         ("norm_weight", norm_weight, (d,)), ("norm_bias", norm_bias, (d,))),
+    )  # fmt: skip
+    if norm:
+        _check_one("adapter_backward", "stats", stats, (rows, 2), torch.float32, x.device)
+    if norm_weight is None:
+        needs &= ~(DNORM_WEIGHT | DNORM_BIAS)
+    elif norm_bias is None:
+        needs &= ~DNORM_BIAS
+    cfg = config or adapter_config.select(_KIND[x.dtype], "backward", d, r, rows)
+    # bf16: q = rstd*dz meets the raw x in the weight gradient, and the mean is taken off afterwards (bf16 x is exact in the
+    # product). fp32 would lose digits to that difference, fp16 could overflow in q: they multiply dz with xhat.
+    qscale = norm and x.dtype == torch.bfloat16
+    q = h = part = sums = None
+    dx = torch.empty_like(x) if needs & DX else None
+    h_width = (r // 16 + 1) * 16  # act(z), a column of ones for the sum of grad, zeros up to an aligned width
+    if needs & (DW_DOWN | DNORM_WEIGHT) or (needs & DX and cfg.split):
+        q = x.new_empty(rows, r)
+    if needs & DW_UP:
+        h = x.new_empty(rows, h_width)
+    if needs & (DB_DOWN | DNORM_BIAS) or (needs & (DW_DOWN | DNORM_WEIGHT) and (qscale or norm_bias is not None)):
+        part = x.new_empty(triton.cdiv(rows, cfg.block_m), 2 if qscale else 1, r, dtype=torch.float32)
+    with _on_device(x):
+        if rows and needs & ~DB_UP:
+            st = stats if norm else None
+            args = grad, x, z, st, w_down, w_up, norm_weight, dx, q, h, part, rows, float(scale)
+            _backward_rows(cfg, args, dict(D=d, R=r, ACT=activation, NORM=norm, QSCALE=qscale), h_width, bool(add_x))
+        if part is not None:
+            sums = part.sum(0)
+        rest = _weight_gradients(grad, x, stats, q, h, sums, w_down, w_up, norm_weight, norm_bias, scale, qscale, needs)
+    return (x.new_empty(0) if dx is None else dx, *rest)
+
+
+def _backward_rows(cfg, args, shape, h_width, add_x):
+    """Launches what runs over the rows: one kernel, or with a bottleneck too wide for it two that meet at q."""
+    grad, x, z, st, w_down, w_up, norm_weight, dx, q, h, part, rows, scale = args
+    tiles = triton.cdiv(rows, cfg.block_m)
+    opt = dict(num_warps=cfg.num_warps, num_stages=cfg.num_stages, NS=cfg.num_stages, BM=cfg.block_m, R1=cfg.r1)
+    if not cfg.split:
+        _launch(K.backward_fused, (tiles,), *args, R2=cfg.r2, BK=cfg.block_k, BN=cfg.block_n, HLD=h_width, ADD_X=add_x,
+                **shape, **opt)  # fmt: skip
+        return
+    grid = (tiles, triton.cdiv(shape["R"], cfg.r1))
+    _launch(K.backward_dz, grid, grad, z, st, w_up, q, h, part, rows, scale, BK=cfg.block_k, HLD=h_width, **shape, **opt)
+    if dx is not None:
+        shape = {k: v for k, v in shape.items() if k != "ACT"}
+        _launch(K.backward_dx, (tiles,), q, grad, x, st, w_down, norm_weight, dx, rows, BN=cfg.block_n, ADD_X=add_x, **shape, **opt)
+
+
+def _weight_gradients(grad, x, stats, q, h, sums, w_down, w_up, norm_weight, norm_bias, scale, qscale, needs):
+    """The six parameter gradients: two products over the rows (cuBLAS: bound by memory, and deterministic), one launch."""
+    r, d = w_down.shape
+    gd = gu = None
+    if needs & (DW_DOWN | DNORM_WEIGHT):
+        right = x
+        if norm_weight is not None and not qscale:
+            right = ((x - stats[:, :1]) * stats[:, 1:]).to(x.dtype)
+        gd = _product(q, right)
+    if needs & DW_UP:
+        gu = _product(grad, h)
+
+    def like(bit, t):
+        return torch.empty_like(t) if needs & bit else x.new_empty(0)
+
+    dw_down, dw_up = like(DW_DOWN, w_down), like(DW_UP, w_up)
+    db_down = x.new_empty(r) if needs & DB_DOWN else x.new_empty(0)
+    db_up = x.new_empty(d) if needs & DB_UP else x.new_empty(0)
+    dgamma, dbeta = like(DNORM_WEIGHT, norm_weight), like(DNORM_BIAS, norm_bias)
+    if needs & DB_UP and gu is None:
+        db_up = (grad.sum(0, dtype=torch.float32) * scale).to(x.dtype)
+    outputs = [dw_down, db_down, dw_up, db_up if gu is not None else None, dgamma, dbeta]
+    outputs = [t if t is not None and t.numel() else None for t in outputs]
+    if any(t is not None for t in outputs):
+        columns, bottleneck = adapter_config.WEIGHT_GRADS_TILE
+        _launch(K.weight_grads, (triton.cdiv(d, columns),), gd, gu, sums, w_down, norm_weight, norm_bias, *outputs,
+                float(scale), D=d, R=r, HLD=(r // 16 + 1) * 16, BD=columns, BR=bottleneck, QSCALE=qscale, num_warps=4)  # fmt: skip
+    return dw_down, db_down, dw_up, db_up, dgamma, dbeta
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a^T b summed and returned in fp32."""
+    if a.dtype == torch.float32:
+        return torch.mm(a.t(), b)
+    if a.is_cuda:
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    return torch.mm(a.t().float(), b.float())
+
+
+def _fold(w_down, b_down, norm_weight, norm_bias):
+    """The down weights with the LayerNorm's gain and centring folded in, see adapter_kernels.fold_weights."""
+    r, d = w_down.shape
+    folded = torch.empty_like(w_down)
+    row_sums, bias = w_down.new_empty(2, r, dtype=torch.float32)
+    rows, columns = adapter_config.FOLD_TILE
+    columns = min(columns, adapter_config.power_of_two(d))
+    _launch(K.fold_weights, (triton.cdiv(r, rows),), w_down, b_down, norm_weight, norm_bias, folded, row_sums, bias,
+            D=d, R=r, BR=rows, BD=columns, num_warps=4)  # fmt: skip
+    return folded, bias, row_sums, None, None
+
+
+def _launch(kernel, grid, *args, **options):
+    """Every launch goes through here: the ahead-of-time check replaces it."""
+    kernel[grid](*args, **options)
+
+
+def _on_device(x: torch.Tensor):
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+
+
+def _sizes(function: str, x, w_down):
+    for name, t in (("x", x), ("w_down", w_down)):
+        if t.dim() != 2:
+            raise ValueError(f"{function}: {name} has shape {tuple(t.shape)}, expected two dimensions")
+    if x.dtype not in _KIND:
+        raise ValueError(f"{function}: x has dtype {x.dtype}, expected float32, bfloat16 or float16")
+    if not x.is_contiguous():
+        raise ValueError(f"{function}: x has strides {x.stride()}, expected a contiguous tensor")
+    return *x.shape, w_down.shape[0]
+
+
+def _check(function: str, x, tensors):
+    for name, t, shape in tensors:
+        if t is not None:
+            _check_one(function, name, t, shape, x.dtype, x.device)
+
+
+def _check_one(function: str, name: str, t, shape, dtype, device):
+    """A kernel trusts its pointers: what does not match would be read out of bounds."""
+    if t.shape != shape:
+        raise ValueError(f"{function}: {name} has shape {tuple(t.shape)}, expected {shape} to match x and w_down")
+    if t.dtype != dtype:
+        raise ValueError(f"{function}: {name} has dtype {t.dtype}, expected {dtype}")
+    if t.device != device:
+        raise ValueError(f"{function}: {name} is on {t.device}, expected {device} like x")
+    if not t.is_contiguous():
+        raise ValueError(f"{function}: {name} has strides {t.stride()}, expected a contiguous tensor")

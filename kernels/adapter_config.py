@@ -1,0 +1,114 @@
+"""Which tile a launch of the adapter kernels uses: a table, looked up by element type, bottleneck and row count.
+
+Every entry is compiled ahead of time for sm_80, sm_90 and sm_100 by tests/kernels/test_adapter_aot.py, which also checks
+shared memory and spills; so a new entry needs no GPU to be known to build. Speeds have not been measured yet: the order of
+the entries follows a traffic model (each program reads all adapter weights from L2, hence large tiles for many rows; few
+rows want many short programs).
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+
+class Config(NamedTuple):
+    """One launch configuration.
+
+    split      False: one launch, the whole bottleneck in registers. True: two launches that meet at the r-wide tensor.
+    block_m    rows per program
+    block_k    chunk of d in the loop that reduces over d
+    block_n    chunk of d in the loop that writes d-wide rows
+    r1, r2     the bottleneck as tiles of powers of two, r1 + r2 >= r (r2 = 0: one tile); when split, r1 is the tile.
+    fold       LayerNorm folded into the down weights (one pass over x); False: two passes, x normalised before the dot.
+    """
+
+    split: bool
+    block_m: int
+    block_k: int
+    block_n: int
+    r1: int
+    r2: int
+    num_warps: int
+    num_stages: int
+    fold: bool
+
+
+# Rows up to the limit use the entry; the last limit is None.
+_Tile = tuple  # (row limit, block_m, block_k, block_n, num_warps, num_stages)
+
+# (largest r, r1, r2, tiles); r beyond the last entry is split.
+HALF_FORWARD = (
+    (16, 16, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 4, 3))),
+    (32, 32, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 4, 3))),
+    (64, 64, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 4, 3))),
+    (128, 128, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 2), (None, 64, 64, 64, 8, 2))),
+    (192, 128, 64, ((3000, 16, 64, 64, 4, 2), (8000, 32, 64, 64, 4, 2), (None, 64, 64, 64, 8, 2))),
+    (256, 256, 0, ((3000, 16, 64, 64, 4, 2), (None, 64, 64, 64, 8, 2))),
+    (288, 256, 32, ((3000, 16, 64, 64, 8, 2), (None, 64, 64, 64, 8, 2))),
+)
+HALF_SPLIT = ((3000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 8, 3))
+HALF_SPLIT_R = 128
+
+HALF_BACKWARD = (
+    (16, 16, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 4, 3))),
+    (32, 32, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 4, 3))),
+    (64, 64, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 4, 3))),
+    (128, 128, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 2), (None, 64, 64, 64, 8, 2))),
+    (192, 128, 64, ((3000, 16, 64, 64, 4, 2), (8000, 32, 64, 64, 4, 2), (None, 64, 64, 64, 8, 2))),
+    (256, 256, 0, ((3000, 16, 64, 64, 4, 2), (None, 64, 64, 64, 8, 2))),
+    (288, 256, 32, ((3000, 16, 64, 64, 8, 2), (None, 64, 64, 64, 8, 2))),
+)
+
+# fp32 runs on the FMA units (true fp32, no tf32): small tiles, because both operands of a dot sit in registers.
+FLOAT_FORWARD = (
+    (16, 16, 0, ((3000, 16, 32, 32, 4, 2), (None, 32, 32, 32, 4, 2))),
+    (32, 32, 0, ((3000, 16, 32, 32, 4, 2), (None, 32, 32, 32, 4, 2))),
+    (64, 64, 0, ((3000, 16, 32, 32, 4, 2), (None, 32, 32, 32, 4, 2))),
+    (128, 128, 0, ((3000, 16, 32, 32, 4, 2), (None, 32, 32, 32, 8, 2))),
+    (192, 128, 64, ((3000, 16, 32, 32, 4, 2), (None, 32, 32, 32, 8, 2))),
+)
+FLOAT_BACKWARD = FLOAT_FORWARD
+FLOAT_SPLIT = ((None, 32, 32, 32, 4, 2),)
+FLOAT_SPLIT_R = 64
+
+FOLD_TILE = (4, 1024)  # rows x columns of w_down per program of fold_weights
+WEIGHT_GRADS_TILE = (32, 64)  # columns of d per program of weight_grads, columns of r per step
+
+TABLE = {
+    ("half", "forward"): (HALF_FORWARD, HALF_SPLIT, HALF_SPLIT_R),
+    ("half", "backward"): (HALF_BACKWARD, HALF_SPLIT, HALF_SPLIT_R),
+    ("float", "forward"): (FLOAT_FORWARD, FLOAT_SPLIT, FLOAT_SPLIT_R),
+    ("float", "backward"): (FLOAT_BACKWARD, FLOAT_SPLIT, FLOAT_SPLIT_R),
+}
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest power of two that is at least n and at least `least` (16: what a tensor-core dot takes)."""
+    return max(least, 1 << (n - 1).bit_length())
+
+
+def _tiles_for(kind: str, direction: str, r: int):
+    """(split, r1, r2, tiles) of the table's entry for a bottleneck of r."""
+    fused, split, split_r = TABLE[kind, direction]
+    for limit, r1, r2, tiles in fused:
+        if r <= limit:
+            return False, r1, r2, tiles
+    return True, split_r, 0, split
+
+
+@lru_cache(maxsize=None)
+def _build(kind: str, direction: str, d: int, r: int, index: int) -> Config:
+    split, r1, r2, tiles = _tiles_for(kind, direction, r)
+    _, block_m, block_k, block_n, warps, stages = tiles[index]
+    widest = power_of_two(d)
+    return Config(split, block_m, min(block_k, widest), min(block_n, widest), r1, r2, warps, stages, kind == "half")
+
+
+def select(kind: str, direction: str, d: int, r: int, rows: int) -> Config:
+    """Semantics: the table's configuration for rows x d with a bottleneck of r; kind is "half" or "float"."""
+    tiles = _tiles_for(kind, direction, r)[3]
+    for index, tile in enumerate(tiles):
+        if tile[0] is None or rows <= tile[0]:
+            return _build(kind, direction, d, r, index)
+    raise AssertionError(f"adapter_config: the table for {kind} {direction} r={r} has no entry without a row limit")
