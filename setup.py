@@ -131,11 +131,14 @@ class BuildExt(build_ext):
         except CannotBuild as why:
             if must:
                 sys.exit(f"fastpetl: cannot build fastpetl._C: {why}")
-            stale = [out, ROOT / "fastpetl" / out.name] if self.inplace or self.editable_mode else [out]
-            for path in stale:  # an older build must not pass for this one
-                path.unlink(missing_ok=True)
-            ext.optional = True  # setuptools then copies nothing in place
+            out.unlink(missing_ok=True)
+            ext.optional = True  # setuptools then does not miss it
             print(f"fastpetl: installing the pure-Python parts only: {why}", file=sys.stderr)
+
+    def copy_extensions_to_source(self):
+        for ext in self.extensions:  # in place: an older build must not pass for this one
+            (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
+        super().copy_extensions_to_source()
 
     def run_ninja(self, ext, out, cxx, cuda):
         torch_dir, torch_version = find_torch()

@@ -90,7 +90,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpetl, m) {
   m.def(
       "cuda_adapter_forward(Tensor x, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? norm_weight, "
       "Tensor? norm_bias, Tensor? res1, Tensor? res2, bool add_x, float eps, int activation, float scale, bool save) "
-      "-> (Tensor y, Tensor z, Tensor stats)");
+      "-> (Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastpetl, CUDA, m) { m.impl("cuda_adapter_forward", TORCH_BOX(&cuda_adapter_forward)); }
 #endif  // FASTPETL_WITH_CUDA

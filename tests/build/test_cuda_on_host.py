@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+
 from cuda_toolkit import include_dir
 
 ROOT = Path(__file__).resolve().parents[2]

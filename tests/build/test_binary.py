@@ -1,0 +1,64 @@
+"""What is inside the compiled module: CUDA images, registrations, and no instruction an older CPU cannot run."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from cuda_toolkit import cuobjdump
+from fastpetl._build import build_info, extension
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILT, WHY_NOT = extension()
+pytestmark = pytest.mark.skipif(BUILT is None, reason=WHY_NOT)
+ISA_OBJECT = re.compile(r"_(avx2|avx512|amx)\.cpp\.o$")
+
+
+def test_cuda_ops_are_registered_if_and_only_if_built_with_cuda():
+    registered = hasattr(torch.ops.fastpetl, "cuda_adapter_forward")
+    assert registered == build_info()["cuda"]
+    if registered:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("fastpetl::cuda_adapter_forward", "CUDA")
+        with pytest.raises(NotImplementedError, match="CPU"):  # a CPU tensor never reaches the CUDA kernel
+            x = torch.zeros(1, 8)
+            torch.ops.fastpetl.cuda_adapter_forward(x, x, None, x.T, *[None] * 5, True, 1e-5, 1, 1.0, False)
+
+
+def test_cuda_and_cpu_adapter_have_one_schema():
+    if not build_info()["cuda"]:
+        pytest.skip("built without CUDA")
+    cpu, cuda = (str(getattr(torch.ops.fastpetl, f"{d}_adapter_forward").default._schema) for d in ("cpu", "cuda"))
+    assert cpu.replace("cpu_", "cuda_") == cuda
+
+
+def test_cuda_kernels_use_no_stack_and_no_local_memory():
+    """A spill shows as STACK or LOCAL bytes of an image embedded in the module."""
+    if not build_info()["cuda"]:
+        pytest.skip("built without CUDA")
+    if cuobjdump() is None:
+        pytest.skip("cuobjdump comes with triton, which is not installed")
+    said = subprocess.check_output([cuobjdump(), "--dump-resource-usage", BUILT.__file__], text=True)
+    archs = set(re.findall(r"^arch = sm_(\w+)", said, re.M))
+    assert archs == {arch.removesuffix("+PTX") for arch in re.split("[;, ]+", build_info()["cuda_archs"])}
+    kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
+    assert len(kernels) >= 6 * len(archs)  # three dtypes, two block shapes
+    assert [kernel for kernel in kernels if kernel[2] != "0" or kernel[3] != "0"] == []
+
+
+def test_no_object_shares_code_with_an_isa_object():
+    """An inline function that two objects hold is kept once; kept from an AVX-512 object it would crash older CPUs."""
+    objects = sorted(ROOT.glob("build/temp.*/csrc_*.cpp.o"))
+    if not objects or not shutil.which("nm"):
+        pytest.skip("no object files in build/ (installed, not built in place), or no nm")
+    held = {}
+    for path in objects:
+        said = subprocess.check_output(["nm", "-C", "--defined-only", path], text=True)
+        for name in re.findall(r"^\S+ [Ww] (.*)$", said, re.M):
+            held.setdefault(name, []).append(path.name)
+    isa_objects = [path.name for path in objects if ISA_OBJECT.search(path.name)]
+    assert isa_objects or not build_info()["x86"]
+    shared = {name: paths for name, paths in held.items() if len(paths) > 1 and set(paths) & set(isa_objects)}
+    assert shared == {}
