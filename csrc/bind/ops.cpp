@@ -1,0 +1,249 @@
+// CPU ops on the LibTorch stable ABI. They check what memory safety needs; fastpetl/ops checks the rest, in users' terms.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "cpu/fastpetl_cpu.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+namespace {
+
+int code(const Tensor& t, const char* op) {
+  const ScalarType s = t.scalar_type();
+  STD_TORCH_CHECK(s == ScalarType::Float || s == ScalarType::BFloat16, op, ": x must be float32 or bfloat16");
+  return s == ScalarType::Float ? FP_F32 : FP_BF16;
+}
+const void* in(const Tensor& t, const Tensor& like, int64_t numel, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type(), op, ": ", name, " has another dtype than x");
+  STD_TORCH_CHECK(t.numel() == numel, op, ": ", name, " has ", t.numel(), " elements, expected ", numel);
+  return t.const_data_ptr();
+}
+const void* in(const MaybeTensor& t, const Tensor& like, int64_t numel, const char* op, const char* name) {
+  return t ? in(*t, like, numel, op, name) : nullptr;
+}
+const float* in_float(const Tensor& t, int64_t numel, const char* op, const char* name) {
+  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == ScalarType::Float && t.numel() == numel, op, ": ", name,
+                  " must be contiguous float32 with ", numel, " elements");
+  return static_cast<const float*>(t.const_data_ptr());
+}
+Tensor make(const Tensor& like, std::vector<int64_t> size, std::optional<ScalarType> type = std::nullopt) {
+  return torch::stable::new_empty(like, size, type);
+}
+void* out(Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
+// A tensor of that size, or an empty one whose pointer is null: the kernels' "not wanted"
+std::pair<Tensor, void*> wanted(bool want, const Tensor& like, std::vector<int64_t> size) {
+  static char none;  // a wanted gradient of zero elements is not "not wanted"
+  if (!want) size = {0};
+  Tensor t = make(like, size);
+  return {t, want ? (t.numel() ? t.mutable_data_ptr() : &none) : nullptr};
+}
+void use_torch_threads() {
+  fp_parallel_for = [](int64_t n, int64_t grain, fp_task task, void* ctx) {
+    torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { task(ctx, begin, end); });
+  };
+}
+
+std::tuple<Tensor, Tensor, Tensor> adapter_forward(const Tensor& x, const Tensor& w_down, const MaybeTensor& b_down, const Tensor& w_up,
+                                                   const MaybeTensor& b_up, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias,
+                                                   const MaybeTensor& res1, const MaybeTensor& res2, bool add_x, double eps,
+                                                   int64_t activation, double scale, bool save) {
+  const char* op = "cpu_adapter_forward";
+  const int dtype = code(x, op);
+  STD_TORCH_CHECK(x.dim() == 2 && w_down.dim() == 2, op, ": x and w_down must be 2-D");
+  const int64_t rows = x.size(0), d = x.size(1), r = w_down.size(0);
+  Tensor y = make(x, {rows, d});
+  Tensor z = make(x, save ? std::vector<int64_t>{rows, r} : std::vector<int64_t>{0});
+  Tensor stats = make(x, save && norm_weight ? std::vector<int64_t>{rows, 2} : std::vector<int64_t>{0}, ScalarType::Float);
+  fp_adapter_forward a{};
+  a.x = in(x, x, rows * d, op, "x");
+  a.w_down = in(w_down, x, r * d, op, "w_down");
+  a.b_down = in(b_down, x, r, op, "b_down");
+  a.w_up = in(w_up, x, d * r, op, "w_up");
+  a.b_up = in(b_up, x, d, op, "b_up");
+  a.norm_weight = in(norm_weight, x, d, op, "norm_weight");
+  a.norm_bias = in(norm_bias, x, d, op, "norm_bias");
+  a.res1 = in(res1, x, rows * d, op, "res1");
+  a.res2 = in(res2, x, rows * d, op, "res2");
+  a.y = out(y), a.z = out(z), a.stats = static_cast<float*>(out(stats));
+  a.rows = rows, a.d = d, a.r = r, a.activation = activation, a.add_x = add_x, a.eps = eps, a.scale = scale;
+  if (rows) fp_active()->adapter_forward(a, dtype);
+  return {y, z, stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> adapter_backward(
+    const Tensor& grad, const Tensor& x, const Tensor& z, const Tensor& stats, const Tensor& w_down, const Tensor& w_up,
+    const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, bool add_x, int64_t activation, double scale, int64_t needs) {
+  const char* op = "cpu_adapter_backward";
+  const int dtype = code(x, op);
+  STD_TORCH_CHECK(x.dim() == 2 && w_down.dim() == 2, op, ": x and w_down must be 2-D");
+  const int64_t rows = x.size(0), d = x.size(1), r = w_down.size(0);
+  fp_adapter_backward a{};
+  a.grad = in(grad, x, rows * d, op, "grad");
+  a.x = in(x, x, rows * d, op, "x");
+  a.z = in(z, x, rows * r, op, "z");
+  a.stats = norm_weight ? in_float(stats, rows * 2, op, "stats") : nullptr;
+  a.w_down = in(w_down, x, r * d, op, "w_down");
+  a.w_up = in(w_up, x, d * r, op, "w_up");
+  a.norm_weight = in(norm_weight, x, d, op, "norm_weight");
+  a.norm_bias = in(norm_bias, x, d, op, "norm_bias");
+  a.rows = rows, a.d = d, a.r = r, a.activation = activation, a.add_x = add_x, a.scale = scale;
+  auto dx = wanted(needs & 1, x, {rows, d}), dwd = wanted(needs & 2, x, {r, d}), dbd = wanted(needs & 4, x, {r});
+  auto dwu = wanted(needs & 8, x, {d, r}), dbu = wanted(needs & 16, x, {d});
+  auto dnw = wanted((needs & 32) && norm_weight, x, {d}), dnb = wanted((needs & 64) && norm_weight, x, {d});
+  a.dx = dx.second, a.dw_down = dwd.second, a.db_down = dbd.second, a.dw_up = dwu.second, a.db_up = dbu.second;
+  a.dnorm_weight = dnw.second, a.dnorm_bias = dnb.second;
+  fp_active()->adapter_backward(a, dtype);
+  return {dx.first, dwd.first, dbd.first, dwu.first, dbu.first, dnw.first, dnb.first};
+}
+
+// The weights of one fp_linear: pointers that live as long as this object
+struct Weights {
+  std::vector<const void*> w, b;
+  std::vector<int> n;
+  int64_t total = 0, k = 0;
+  Weights(const std::vector<Tensor>& weights, const char* op) {
+    STD_TORCH_CHECK(!weights.empty(), op, ": weights is empty");
+    k = weights[0].size(1);
+    for (const Tensor& t : weights) {
+      STD_TORCH_CHECK(t.dim() == 2 && t.size(1) == k, op, ": weights must be [n, k] with one k");
+      w.push_back(in(t, weights[0], t.size(0) * k, op, "weights"));
+      n.push_back(t.size(0));
+      total += t.size(0);
+    }
+  }
+  void fill(fp_linear& a) const {
+    a.w = w.data(), a.n = n.data(), a.count = w.size(), a.k = k;
+    a.b = b.empty() ? nullptr : b.data();
+  }
+};
+const void* in_packed(const MaybeTensor& packed, const Weights& ws, int dtype, int transposed, const char* op) {
+  if (!packed) return nullptr;
+  const int64_t bytes = fp_active()->pack_bytes(ws.k, ws.total, dtype, transposed);
+  STD_TORCH_CHECK(packed->scalar_type() == ScalarType::Byte && packed->is_contiguous() && packed->numel() == bytes, op,
+                  ": packed does not belong to these weights and this instruction set");
+  return packed->const_data_ptr();
+}
+
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases, int64_t prologue,
+                                          const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps, const MaybeTensor& packed) {
+  const char* op = "cpu_linear_forward";
+  const int dtype = code(x, op);
+  Weights ws(weights, op);
+  STD_TORCH_CHECK(weights[0].scalar_type() == x.scalar_type(), op, ": weights have another dtype than x");
+  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), op, ": biases must be empty or one per weight");
+  for (size_t i = 0; i < biases.size(); ++i) ws.b.push_back(in(biases[i], x, ws.n[i], op, "biases"));
+  STD_TORCH_CHECK(x.dim() == 2, op, ": x must be 2-D");
+  const int64_t rows = x.size(0);
+  Tensor y = make(x, {rows, ws.total});
+  const bool norm = prologue == FP_LAYERNORM;
+  Tensor stats = make(x, norm ? std::vector<int64_t>{rows, 2} : std::vector<int64_t>{0}, ScalarType::Float);
+  fp_linear a{};
+  ws.fill(a);
+  a.x = in(x, x, rows * ws.k, op, "x");
+  a.packed = in_packed(packed, ws, dtype, 0, op);
+  if (norm) a.norm_weight = in(norm_weight, x, ws.k, op, "norm_weight"), a.norm_bias = in(norm_bias, x, ws.k, op, "norm_bias");
+  a.out = out(y), a.stats = static_cast<float*>(out(stats));
+  a.rows = rows, a.prologue = prologue, a.eps = eps;
+  if (rows) fp_active()->linear_forward(a, dtype);
+  return {y, stats};
+}
+
+Tensor linear_backward(const Tensor& grad, const Tensor& x, const Tensor& stats, std::vector<Tensor> weights, int64_t prologue,
+                       const MaybeTensor& norm_weight, const MaybeTensor& packed) {
+  const char* op = "cpu_linear_backward";
+  const int dtype = code(grad, op);
+  Weights ws(weights, op);
+  STD_TORCH_CHECK(weights[0].scalar_type() == grad.scalar_type(), op, ": weights have another dtype than grad");
+  STD_TORCH_CHECK(grad.dim() == 2, op, ": grad must be 2-D");
+  const int64_t rows = grad.size(0);
+  Tensor dx = make(grad, {rows, ws.k});
+  fp_linear a{};
+  ws.fill(a);
+  a.grad = in(grad, grad, rows * ws.total, op, "grad");
+  if (prologue != FP_NONE) a.x = in(x, grad, rows * ws.k, op, "x");
+  if (prologue == FP_LAYERNORM) {
+    a.stats = const_cast<float*>(in_float(stats, rows * 2, op, "stats"));
+    a.norm_weight = in(norm_weight, grad, ws.k, op, "norm_weight");
+  }
+  a.packed = in_packed(packed, ws, dtype, 1, op);
+  a.out = out(dx), a.rows = rows, a.prologue = prologue;
+  if (rows) fp_active()->linear_backward(a, dtype);
+  return dx;
+}
+
+Tensor linear_pack(std::vector<Tensor> weights, bool transposed) {
+  const char* op = "cpu_linear_pack";
+  Weights ws(weights, op);
+  const int dtype = code(weights[0], op);
+  fp_linear a{};
+  ws.fill(a);
+  Tensor packed = make(weights[0], {static_cast<int64_t>(fp_active()->pack_bytes(ws.k, ws.total, dtype, transposed))}, ScalarType::Byte);
+  fp_active()->pack(a, packed.mutable_data_ptr(), dtype, transposed);
+  return packed;
+}
+
+fp_attention attention_args(const Tensor& qkv, const MaybeTensor& key_mask, int64_t heads, double scale, const char* op) {
+  STD_TORCH_CHECK(qkv.dim() == 3 && heads > 0 && qkv.size(2) % (3 * heads) == 0, op, ": qkv must be [batch, tokens, 3 * heads * head_dim]");
+  fp_attention a{};
+  a.batch = qkv.size(0), a.tokens = qkv.size(1), a.heads = heads, a.head_dim = qkv.size(2) / (3 * heads), a.scale = scale;
+  a.qkv = in(qkv, qkv, qkv.numel(), op, "qkv");
+  if (key_mask) a.key_mask = in_float(*key_mask, a.batch * a.tokens, op, "key_mask");
+  return a;
+}
+std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, const MaybeTensor& key_mask, int64_t heads, double scale, bool save) {
+  const char* op = "cpu_attention_forward";
+  const int dtype = code(qkv, op);
+  fp_attention a = attention_args(qkv, key_mask, heads, scale, op);
+  Tensor o = make(qkv, {a.batch, a.tokens, heads * a.head_dim});
+  Tensor lse = make(qkv, save ? std::vector<int64_t>{a.batch, heads, a.tokens} : std::vector<int64_t>{0}, ScalarType::Float);
+  a.out = out(o), a.lse = static_cast<float*>(out(lse));
+  if (o.numel()) fp_active()->attention_forward(a, dtype);
+  return {o, lse};
+}
+Tensor attention_backward(const Tensor& grad, const Tensor& qkv, const MaybeTensor& key_mask, const Tensor& o, const Tensor& lse, int64_t heads, double scale) {
+  const char* op = "cpu_attention_backward";
+  const int dtype = code(qkv, op);
+  fp_attention a = attention_args(qkv, key_mask, heads, scale, op);
+  const int64_t numel = a.batch * a.tokens * heads * a.head_dim;
+  a.grad = in(grad, qkv, numel, op, "grad"), a.out_in = in(o, qkv, numel, op, "out");
+  a.lse = const_cast<float*>(in_float(lse, a.batch * heads * a.tokens, op, "lse"));
+  Tensor dqkv = torch::stable::empty_like(qkv);
+  a.dqkv = out(dqkv);
+  if (numel) fp_active()->attention_backward(a, dtype);
+  return dqkv;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(fastpetl, m) {
+  use_torch_threads();
+  m.def("cpu_adapter_forward(Tensor x, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? norm_weight, Tensor? norm_bias, "
+        "Tensor? res1, Tensor? res2, bool add_x, float eps, int activation, float scale, bool save) -> (Tensor, Tensor, Tensor)");
+  m.def("cpu_adapter_backward(Tensor grad, Tensor x, Tensor z, Tensor stats, Tensor w_down, Tensor w_up, Tensor? norm_weight, Tensor? norm_bias, "
+        "bool add_x, int activation, float scale, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("cpu_linear_forward(Tensor x, Tensor[] weights, Tensor[] biases, int prologue, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+        "Tensor? packed) -> (Tensor, Tensor)");
+  m.def("cpu_linear_backward(Tensor grad, Tensor x, Tensor stats, Tensor[] weights, int prologue, Tensor? norm_weight, Tensor? packed) -> Tensor");
+  m.def("cpu_linear_pack(Tensor[] weights, bool transposed) -> Tensor");
+  m.def("cpu_attention_forward(Tensor qkv, Tensor? key_mask, int heads, float scale, bool save) -> (Tensor, Tensor)");
+  m.def("cpu_attention_backward(Tensor grad, Tensor qkv, Tensor? key_mask, Tensor out, Tensor lse, int heads, float scale) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastpetl, CPU, m) {
+  m.impl("cpu_adapter_forward", TORCH_BOX(&adapter_forward));
+  m.impl("cpu_adapter_backward", TORCH_BOX(&adapter_backward));
+  m.impl("cpu_linear_forward", TORCH_BOX(&linear_forward));
+  m.impl("cpu_linear_backward", TORCH_BOX(&linear_backward));
+  m.impl("cpu_linear_pack", TORCH_BOX(&linear_pack));
+  m.impl("cpu_attention_forward", TORCH_BOX(&attention_forward));
+  m.impl("cpu_attention_backward", TORCH_BOX(&attention_backward));
+}

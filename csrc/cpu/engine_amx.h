@@ -1,0 +1,209 @@
+// Matrix engine on AMX tiles. PLANES = 1: bf16 operands. PLANES = 3: fp32 operands, each split exactly into three bf16
+// terms a0 + a1 + a2 (8 + 8 + 8 significant bits); six of the nine tile products are summed in fp32, smallest first,
+// and the three left out are below 2^-24 of the product: fp32 accuracy at 1/6 of the bf16 rate, still above the FMA
+// units' fp32 peak. What differs from FMA: subnormals count as zero, and an infinite input gives NaN where FMA may give inf.
+// Layouts: A [row tile][k tile][plane][16 rows x 32], B [column tile][k tile][plane][16 k-pairs x 16 columns x 2].
+#pragma once
+#include "vec.h"
+
+namespace FP_ISA {
+
+struct TileConfig {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+template <int PLANES> struct EngineAmx {
+  using Elem = uint16_t;
+  static constexpr int MR = 16, NP = 32, UNIT = 32, BLOCK_UNITS = PLANES == 1 ? 8 : 4, K_BLOCK = 1024, TILE = 512;
+
+  struct Session {  // tiles are per-thread state and must be released, or every context switch carries them
+    Session() {
+      TileConfig c;
+      asm volatile("ldtilecfg %0" ::"m"(c));  // gcc 12's intrinsic drops the stores that fill c
+    }
+    ~Session() { _tile_release(); }
+  };
+  static int64_t pad_k(int64_t k) { return round_up(k, 32); }
+  static size_t a_size(int64_t m, int64_t k) { return round_up(m, UNIT) * pad_k(k) * PLANES; }
+  static size_t b_size(int64_t k, int64_t n) { return pad_k(k) * round_up(n, NP) * PLANES; }
+
+  // 32 floats -> PLANES vectors of 32 bf16 whose sum is exact
+  static inline __attribute__((always_inline)) void split(__m512 lo, __m512 hi, __m512i* out) {
+    for (int p = 0; p < PLANES; ++p) {
+      out[p] = (__m512i)_mm512_cvtne2ps_pbh(hi, lo);
+      if (p + 1 < PLANES) {
+        lo = _mm512_sub_ps(lo, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(out[p])), 16));
+        hi = _mm512_sub_ps(hi, (__m512)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(out[p], 1)), 16));
+      }
+    }
+  }
+  static inline __attribute__((always_inline)) void split(const float* p, __m512i* out) {
+    split(_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16), out);
+  }
+
+  static void put_a_row(Elem* a, int64_t k, int64_t i, const float* row) {
+    const int64_t kt = pad_k(k) / 32;
+    Elem* p = a + i / 16 * kt * PLANES * TILE + i % 16 * 32;
+    for (int64_t t = 0; t < kt; ++t, p += PLANES * TILE) {
+      __m512i s[PLANES];
+      split(row + t * 32, s);
+      for (int q = 0; q < PLANES; ++q) _mm512_storeu_si512(p + q * TILE, s[q]);
+    }
+  }
+  static void zero_a_rows(Elem* a, int64_t k, int64_t m) {
+    const int64_t kt = pad_k(k) / 32;
+    for (int64_t i = m; i % 16; ++i)
+      for (int64_t t = 0; t < kt * PLANES; ++t) _mm512_storeu_si512(a + (i / 16 * kt * PLANES + t) * TILE + i % 16 * 32, _mm512_setzero_si512());
+  }
+  static inline void transpose16(const float* src, int64_t ld, int64_t rows, __mmask16 columns, __m512* out) {
+    __m512 v[16], t[16];
+    for (int i = 0; i < 16; ++i) v[i] = i < rows ? _mm512_maskz_loadu_ps(columns, src + i * ld) : _mm512_setzero_ps();
+    transpose16((__m512i*)v, (__m512i*)t);
+    for (int i = 0; i < 16; ++i) out[i] = t[i];
+  }
+  static inline __attribute__((always_inline)) void transpose16(const __m512i* v, __m512i* o) {
+    __m512i a[16], b[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      a[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+      a[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
+      b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
+      b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
+      b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {  // b[4q + i]: columns i, 4+i, 8+i, 12+i (one per lane) of rows 4q..4q+3
+      __m512i x = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), y = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
+      __m512i z = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd), w = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+      o[i] = _mm512_shuffle_i32x4(x, y, 0x88);
+      o[8 + i] = _mm512_shuffle_i32x4(x, y, 0xdd);
+      o[4 + i] = _mm512_shuffle_i32x4(z, w, 0x88);
+      o[12 + i] = _mm512_shuffle_i32x4(z, w, 0xdd);
+    }
+  }
+  // A[i, kk] = src[kk * ld + i]
+  static void put_a_transposed(Elem* a, int64_t k, int64_t m, const float* src, int64_t ld) {
+    const int64_t kt = pad_k(k) / 32;
+    for (int64_t i0 = 0; i0 < m; i0 += 16) {
+      const __mmask16 cols = m - i0 >= 16 ? 0xffff : (__mmask16)((1 << (m - i0)) - 1);
+      for (int64_t t = 0; t < kt; ++t) {
+        __m512 lo[16], hi[16];
+        transpose16(src + t * 32 * ld + i0, ld, k - t * 32, cols, lo);
+        transpose16(src + (t * 32 + 16) * ld + i0, ld, k - t * 32 - 16, cols, hi);
+        Elem* p = a + (i0 / 16 * kt + t) * PLANES * TILE;
+        for (int i = 0; i < 16; ++i) {
+          __m512i s[PLANES];
+          split(lo[i], hi[i], s);
+          for (int q = 0; q < PLANES; ++q) _mm512_storeu_si512(p + q * TILE + i * 32, s[q]);
+        }
+      }
+    }
+  }
+  static void put_b_rows(Elem* b, int64_t k, int64_t kk, const float* r0, const float* r1, int64_t n) {
+    const int64_t kt = pad_k(k) / 32;
+    const __m512i order = interleave_order();
+    for (int64_t j = 0; j < round_up(n, 32); j += 16) {
+      Elem* p = b + (j / 16 * kt + kk / 32) * PLANES * TILE + kk % 32 / 2 * 32;
+      __m512i s[PLANES];
+      split(_mm512_loadu_ps(r0 + j), _mm512_loadu_ps(r1 + j), s);  // row kk in the low half, kk+1 in the high half
+      for (int q = 0; q < PLANES; ++q) _mm512_storeu_si512(p + q * TILE, _mm512_permutexvar_epi16(order, s[q]));
+    }
+  }
+  static inline __m512i interleave_order() {  // 0, 16, 1, 17, ...
+    __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_or_si512(i, _mm512_slli_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(16)), 16));
+  }
+  static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
+    const int64_t kt = pad_k(k) / 32;
+    Elem* p = b + n0 / 16 * kt * PLANES * TILE;
+    for (int64_t t = 0; t < kt; ++t, p += PLANES * TILE) {
+      __m512i v[PLANES][16], o[16];
+      for (int j = 0; j < 16; ++j) {
+        __m512i s[PLANES];
+        split(rows[j] + t * 32, s);
+        for (int q = 0; q < PLANES; ++q) v[q][j] = s[q];
+      }
+      for (int q = 0; q < PLANES; ++q) {
+        transpose16(v[q], o);
+        for (int j = 0; j < 16; ++j) _mm512_storeu_si512(p + q * TILE + j * 32, o[j]);
+      }
+    }
+  }
+  static const Elem* panel(const Elem* b, int64_t k, int64_t j, int64_t k0) {
+    return b + (j * 2 * pad_k(k) / 32 + k0 / 32) * PLANES * TILE;
+  }
+
+  // bk: the depth B was packed with (its second column tile lies that far behind the first)
+  static void gemm(const Elem* a, int64_t kb, int64_t m, const Elem* b, int64_t bk, float* c, bool accumulate) {
+    const int64_t kt = pad_k(kb) / 32, a_step = kt * PLANES * TILE;
+    const Elem* b1 = b + pad_k(bk) / 32 * PLANES * TILE;
+    int64_t i = 0;
+    for (; i + 16 < m; i += 32, a += 2 * a_step) tile<2>(a, a + a_step, b, b1, kt, c + i * NP, accumulate);
+    if (i < m) tile<1>(a, a, b, b1, kt, c + i * NP, accumulate);
+  }
+  template <int MT> static void tile(const Elem* a0, const Elem* a1, const Elem* b0, const Elem* b1, int64_t kt, float* c, bool accumulate) {
+#define FP_TILE_A(q)                                 \
+  {                                                  \
+    _tile_loadd(4, a0 + (q) * TILE, 64);             \
+    if (MT == 2) _tile_loadd(5, a1 + (q) * TILE, 64); \
+  }
+#define FP_TILE_B(q)                     \
+  {                                      \
+    _tile_loadd(6, b0 + (q) * TILE, 64); \
+    _tile_loadd(7, b1 + (q) * TILE, 64); \
+  }
+#define FP_TILE_DOT                                     \
+  {                                                     \
+    _tile_dpbf16ps(0, 4, 6);                            \
+    _tile_dpbf16ps(1, 4, 7);                            \
+    if (MT == 2) {                                      \
+      _tile_dpbf16ps(2, 5, 6);                          \
+      _tile_dpbf16ps(3, 5, 7);                          \
+    }                                                   \
+  }
+    asm volatile("" ::: "memory");  // the tile loads below carry no memory clobber of their own
+    if (accumulate) {
+      _tile_loadd(0, c, NP * 4);
+      _tile_loadd(1, c + 16, NP * 4);
+      if (MT == 2) {
+        _tile_loadd(2, c + 16 * NP, NP * 4);
+        _tile_loadd(3, c + 16 * NP + 16, NP * 4);
+      }
+    } else {
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    constexpr int64_t step = PLANES * TILE;
+    for (int64_t t = 0; t < kt; ++t, a0 += step, a1 += step, b0 += step, b1 += step) {
+      if (PLANES == 3) {  // small terms first; each step changes one operand pair
+        FP_TILE_A(0) FP_TILE_B(2) FP_TILE_DOT
+        FP_TILE_B(1) FP_TILE_DOT
+        FP_TILE_A(1) FP_TILE_DOT
+        FP_TILE_B(0) FP_TILE_DOT
+        FP_TILE_A(2) FP_TILE_DOT
+        FP_TILE_A(0) FP_TILE_DOT
+      } else {
+        FP_TILE_A(0) FP_TILE_B(0) FP_TILE_DOT
+      }
+    }
+    _tile_stored(0, c, NP * 4);
+    _tile_stored(1, c + 16, NP * 4);
+    if (MT == 2) {
+      _tile_stored(2, c + 16 * NP, NP * 4);
+      _tile_stored(3, c + 16 * NP + 16, NP * 4);
+    }
+#undef FP_TILE_A
+#undef FP_TILE_B
+#undef FP_TILE_DOT
+  }
+};
+
+}  // namespace FP_ISA

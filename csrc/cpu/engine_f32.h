@@ -1,0 +1,91 @@
+// Matrix engine on FMA units: fp32 operands whatever the storage type, register tile MR x NP.
+// An engine packs A (by rows, or transposed) and B, and multiplies one NP-wide column panel of B at a time:
+//   C[m, NP] (+)= A[m, k] B[k, NP].   All engines have the same members; kernels are templates over them.
+#pragma once
+#include "vec.h"
+
+namespace FP_ISA {
+
+struct EngineF32 {
+  using Elem = float;
+#if defined(__AVX512F__)
+  static constexpr int MR = 8, NV = 3;
+#elif defined(__AVX2__)
+  static constexpr int MR = 4, NV = 3;
+#else
+  static constexpr int MR = 4, NV = 2;
+#endif
+  static constexpr int NP = NV * VL, UNIT = 32, BLOCK_UNITS = 4, K_BLOCK = 1024;
+  static_assert(UNIT % MR == 0, "a row unit must hold whole register tiles");
+
+  struct Session {};  // what a thread must set up before gemm: nothing
+  static int64_t pad_k(int64_t k) { return round_up(k, 2); }
+  static size_t a_size(int64_t m, int64_t k) { return round_up(m, UNIT) * pad_k(k); }
+  static size_t b_size(int64_t k, int64_t n) { return pad_k(k) * round_up(n, NP); }
+
+  static void put_a_row(Elem* a, int64_t k, int64_t i, const float* row) { memcpy(a + i * pad_k(k), row, pad_k(k) * 4); }
+  // A[i, kk] = src[kk * ld + i]
+  static void put_a_transposed(Elem* a, int64_t k, int64_t m, const float* src, int64_t ld) {
+    const int64_t kp = pad_k(k);
+    for (int64_t k0 = 0; k0 < kp; k0 += 16)
+      for (int64_t i = 0; i < m; ++i)
+        for (int64_t kk = k0; kk < kp && kk < k0 + 16; ++kk) a[i * kp + kk] = kk < k ? src[kk * ld + i] : 0.f;
+    zero_a_rows(a, k, m);
+  }
+  static void zero_a_rows(Elem* a, int64_t k, int64_t m) {
+    memset(a + m * pad_k(k), 0, (round_up(m, MR) - m) * pad_k(k) * 4);
+  }
+  // rows kk, kk+1 of B (kk even), n columns, zero-padded to a multiple of 64
+  static void put_b_rows(Elem* b, int64_t k, int64_t kk, const float* r0, const float* r1, int64_t n) {
+    const int64_t kp = pad_k(k);
+    for (int64_t j = 0; j < n; j += NP) {
+      float* p = b + j * kp + kk * NP;
+      for (int v = 0; v < NV; ++v) {
+        store(p + v * VL, load(r0 + j + v * VL));
+        store(p + NP + v * VL, load(r1 + j + v * VL));
+      }
+    }
+  }
+  // columns n0..n0+15 of B from 16 rows of its transpose, each zero-padded to pad_k
+  static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
+    const int64_t kp = pad_k(k);
+    for (int64_t k0 = 0; k0 < kp; k0 += 16)
+      for (int j = 0; j < 16; ++j) {
+        float* p = b + (n0 + j) / NP * NP * kp + (n0 + j) % NP;
+        for (int64_t kk = k0; kk < kp && kk < k0 + 16; ++kk) p[kk * NP] = rows[j][kk];
+      }
+  }
+  static const Elem* panel(const Elem* b, int64_t k, int64_t j, int64_t k0) { return b + j * NP * pad_k(k) + k0 * NP; }
+
+  // C has leading dimension NP and round_up(m, MR) rows; b comes from panel(); kb is the packed depth of A.
+  // The depth is cut into slices whose sums are added to C: B's slice stays in the first-level cache, and rounding
+  // errors grow with the slice, not with the whole depth.
+  static void gemm(const Elem* a, int64_t kb, int64_t m, const Elem* b, int64_t, float* c, bool accumulate) {
+    const int64_t kp = pad_k(kb);
+    for (int64_t k0 = 0; k0 < kp; k0 += 256) {
+      const int64_t depth = kp - k0 < 256 ? kp - k0 : 256;
+      for (int64_t i = 0; i < m; i += MR) tile(a + i * kp + k0, kp, b + k0 * NP, depth, c + i * NP, accumulate || k0 > 0);
+    }
+    if (kp == 0 && !accumulate) memset(c, 0, round_up(m, MR) * NP * 4);
+  }
+  static void tile(const float* __restrict a, int64_t lda, const float* __restrict b, int64_t depth, float* __restrict c, bool accumulate) {
+    vf acc[MR][NV] = {};
+    for (int64_t kk = 0; kk < depth; ++kk, b += NP, ++a) {
+      vf bv[NV];
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) bv[v] = load(b + v * VL);
+#pragma GCC unroll 8
+      for (int r = 0; r < MR; ++r) {
+        const vf av = splat(a[r * lda]);
+#pragma GCC unroll 4
+        for (int v = 0; v < NV; ++v) acc[r][v] = fma(av, bv[v], acc[r][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v) store(c + r * NP + v * VL, accumulate ? load(c + r * NP + v * VL) + acc[r][v] : acc[r][v]);
+  }
+};
+
+}  // namespace FP_ISA

@@ -1,0 +1,75 @@
+// The CPU kernels' C interface: pointers and sizes, no framework header. All matrices are dense and row-major.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+enum fp_dtype { FP_F32 = 0, FP_BF16 = 1 };
+enum fp_activation { FP_IDENTITY = 0, FP_RELU = 1, FP_GELU = 2, FP_GELU_TANH = 3, FP_SILU = 4 };
+enum fp_prologue { FP_NONE = 0, FP_LAYERNORM = 1, FP_PROLOGUE_GELU = 2 };
+
+// y = scale * (act(n(x) Wd^T + bd) Wu^T + bu) + [x] + res1 + res2;  null pointers leave a term out.
+struct fp_adapter_forward {
+  const void *x, *w_down, *b_down, *w_up, *b_up, *norm_weight, *norm_bias, *res1, *res2;
+  void *y, *z;    // z: pre-activation [rows, r] or null
+  float* stats;   // (mean, rstd) per row or null
+  int64_t rows;
+  int d, r, activation, add_x;
+  float eps, scale;
+};
+struct fp_adapter_backward {
+  const void *grad, *x, *z, *w_down, *w_up, *norm_weight, *norm_bias;
+  const float* stats;
+  void *dx, *dw_down, *db_down, *dw_up, *db_up, *dnorm_weight, *dnorm_bias;  // null: not wanted
+  int64_t rows;
+  int d, r, activation, add_x;
+  float scale;
+};
+// y = p(x) [W_0; W_1; ...]^T + [b_0, b_1, ...] with the frozen weights W_i [n[i], k] side by side.
+struct fp_linear {
+  const void* x;            // forward: input [rows, k].  backward: the same x, for the prologue's derivative
+  const void* grad;         // backward only: [rows, sum n]
+  const void* const* w;
+  const void* const* b;     // null or one pointer (null allowed) per weight; forward only
+  const int* n;
+  const void* packed;       // from fp_kernels.pack, or null: packed into scratch on the fly
+  const void *norm_weight, *norm_bias;
+  void* out;                // forward: y [rows, sum n].  backward: dx [rows, k]
+  float* stats;             // LayerNorm prologue: written by forward (may be null), read by backward
+  int64_t rows;
+  int k, count, prologue;
+  float eps;
+};
+// out = softmax(scale * q k^T + key_mask) v per head; qkv [batch, tokens, 3, heads, head_dim].
+struct fp_attention {
+  const void *qkv, *out_in, *grad;
+  const float* key_mask;    // additive [batch, tokens] or null
+  void *out, *dqkv;
+  float* lse;               // [batch, heads, tokens]; written by forward (may be null), read by backward
+  int64_t batch, tokens;
+  int heads, head_dim;
+  float scale;
+};
+
+// One table per instruction set; each function takes the element type of all its matrices.
+struct fp_kernels {
+  const char* isa;
+  void (*adapter_forward)(const fp_adapter_forward&, int dtype);
+  void (*adapter_backward)(const fp_adapter_backward&, int dtype);
+  void (*linear_forward)(const fp_linear&, int dtype);
+  void (*linear_backward)(const fp_linear&, int dtype);
+  size_t (*pack_bytes)(int k, int n, int dtype, int transposed);
+  void (*pack)(const fp_linear&, void* out, int dtype, int transposed);
+  void (*attention_forward)(const fp_attention&, int dtype);
+  void (*attention_backward)(const fp_attention&, int dtype);
+};
+const fp_kernels* fp_active();  // the table in use: the best this CPU has, or what was set
+
+// The binding's thread pool: runs task(ctx, begin, end) over [0, n) in chunks of at least `grain`.
+typedef void (*fp_task)(void* ctx, int64_t begin, int64_t end);
+extern void (*fp_parallel_for)(int64_t n, int64_t grain, fp_task task, void* ctx);
+
+extern "C" {
+const char* fastpetl_cpu_isa();              // "amx", "avx512", "avx2" or "portable"
+const char* fastpetl_cpu_isas();             // those usable here, best first, separated by spaces
+int fastpetl_set_cpu_isa(const char* name);  // 0, or -1 where this CPU or build lacks it
+}

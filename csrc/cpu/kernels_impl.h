@@ -1,0 +1,32 @@
+// One instruction set's table. Included by isa_*.cpp after FP_ISA, FP_TABLE and FP_ENGINE(T) are defined.
+#include "adapter_impl.h"
+#include "attention_impl.h"
+#include "linear_impl.h"
+
+namespace FP_ISA {
+
+#define FP_BY_TYPE(...)                                           \
+  if (dtype == FP_F32) {                                          \
+    using T = float;                                              \
+    using E = FP_ENGINE(T);                                       \
+    __VA_ARGS__;                                                  \
+  } else {                                                        \
+    using T = bf16;                                               \
+    using E = FP_ENGINE(T);                                       \
+    __VA_ARGS__;                                                  \
+  }
+
+static void adapter_forward(const fp_adapter_forward& a, int dtype) { FP_BY_TYPE(Adapter<T, E>::forward(a)) }
+static void adapter_backward(const fp_adapter_backward& a, int dtype) { FP_BY_TYPE(Adapter<T, E>::backward(a)) }
+static void linear_forward(const fp_linear& a, int dtype) { FP_BY_TYPE(Linear<T, E>::forward(a)) }
+static void linear_backward(const fp_linear& a, int dtype) { FP_BY_TYPE(Linear<T, E>::backward(a)) }
+static size_t pack_bytes(int k, int n, int dtype, int transposed) { FP_BY_TYPE(return Linear<T, E>::pack_bytes(k, n, transposed)) }
+static void pack(const fp_linear& a, void* out, int dtype, int transposed) { FP_BY_TYPE(Linear<T, E>::pack(a, out, transposed)) }
+static void attention_forward(const fp_attention& a, int dtype) { FP_BY_TYPE(Attention<T, E>::forward(a)) }
+static void attention_backward(const fp_attention& a, int dtype) { FP_BY_TYPE(Attention<T, E>::backward(a)) }
+
+extern const fp_kernels table;
+const fp_kernels table = {FP_NAME,    adapter_forward, adapter_backward,  linear_forward,     linear_backward,
+                          pack_bytes, pack,            attention_forward, attention_backward};
+
+}  // namespace FP_ISA

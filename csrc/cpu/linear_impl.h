@@ -1,0 +1,152 @@
+// Frozen linears side by side, y = p(x) [W_0; W_1; ...]^T + b, with the layer norm or GELU in front applied while A is
+// packed, and the matching input gradient. Row blocks run in parallel; a row's result does not depend on the split.
+#pragma once
+#include "pack.h"
+
+namespace FP_ISA {
+
+template <class T, class E> struct Linear {
+  using Elem = typename E::Elem;
+  // scratch slots: 0-3 of the calling thread (shared by its workers), 4-9 of each worker
+  static const T* weight_row(const fp_linear& a, int64_t row) {
+    int i = 0;
+    for (; row >= a.n[i]; ++i) row -= a.n[i];
+    return (const T*)a.w[i] + row * a.k;
+  }
+  static int64_t total(const fp_linear& a) {
+    int64_t n = 0;
+    for (int i = 0; i < a.count; ++i) n += a.n[i];
+    return n;
+  }
+
+  static size_t pack_bytes(int k, int n, int transposed) {
+    return (transposed ? E::b_size(n, k) : columns_size<E>(k, n)) * sizeof(Elem);
+  }
+  static void pack(const fp_linear& a, void* out, int transposed) {
+    const int64_t n = total(a);
+    if (transposed)  // B[k = n, n = K] = W
+      parallel(E::pad_k(n) / 2, 32, [&](int64_t begin, int64_t end) {
+        pack_rows<E>((Elem*)out, n, a.k, begin, end, [&](int64_t i) { return weight_row(a, i); });
+      });
+    else  // B[k, n] = W[n, k]
+      parallel(column_groups<E>(n), 4, [&](int64_t begin, int64_t end) {
+        pack_columns<E>((Elem*)out, a.k, n, begin, end, [&](int64_t i) { return weight_row(a, i); });
+      });
+  }
+  static const Elem* packed_operand(const fp_linear& a, int64_t n, int transposed) {
+    if (a.packed) return (const Elem*)a.packed;
+    Elem* b = (Elem*)scratch(0, pack_bytes(a.k, n, transposed));
+    pack(a, b, transposed);
+    return b;
+  }
+
+  // C[m, N] = A[m, K] B for one row block; fill(k0, kb, a) packs columns k0.. of A; done(panel, C) gets each finished
+  // panel of NP columns, [m, NP]; with keep_all C keeps all panels, one behind the other.
+  template <class Fill, class Done>
+  static void block(int64_t m, int64_t depth, int64_t n, const Elem* b, bool keep_all, float** all, Fill fill, Done done) {
+    const int64_t chunks = (depth + E::K_BLOCK - 1) / E::K_BLOCK, kb = round_up((depth + chunks - 1) / chunks, 32);
+    const int64_t panels = (n + E::NP - 1) / E::NP, size = panel_size<E>(m);
+    const bool whole = keep_all || chunks > 1;
+    Elem* ap = scratch<Elem>(5, E::a_size(m, kb));
+    float* c = scratch<float>(6, whole ? size * panels : size);
+    if (all) *all = c;
+    for (int64_t k0 = 0; k0 < depth; k0 += kb) {
+      const int64_t kn = depth - k0 < kb ? depth - k0 : kb;
+      fill(k0, kn, ap);
+      E::zero_a_rows(ap, kn, m);
+      for (int64_t j = 0; j < panels; ++j) {
+        float* cj = whole ? c + j * size : c;
+        E::gemm(ap, kn, m, E::panel(b, depth, j, k0), depth, cj, k0 > 0);
+        if (k0 + kn >= depth) done(j, cj);
+      }
+    }
+  }
+  // runs body(r0, m) over blocks of rows that fit the cache
+  template <class Body> static void row_blocks(int64_t rows, const Body& body) {
+    parallel((rows + E::UNIT - 1) / E::UNIT, 1, [&](int64_t begin, int64_t end) {
+      typename E::Session session;
+      (void)session;
+      const int64_t units = end - begin, blocks = (units + 2 * E::BLOCK_UNITS - 1) / (2 * E::BLOCK_UNITS);
+      for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t r0 = (begin + units * i / blocks) * E::UNIT, r1 = (begin + units * (i + 1) / blocks) * E::UNIT;
+        body(r0, (r1 < rows ? r1 : rows) - r0);
+      }
+    });
+  }
+
+  static void forward(const fp_linear& a) {
+    const int64_t n = total(a), width = round_up(a.k, 64) + 64;
+    const Elem* b = packed_operand(a, n, 0);
+    float* bias = scratch<float>(1, n + 128);
+    memset(bias, 0, (n + 128) * 4);
+    if (a.b)
+      for (int64_t i = 0, at = 0; i < a.count; at += a.n[i++])
+        if (a.b[i]) for (int j = 0; j < a.n[i]; ++j) bias[at + j] = up(((const T*)a.b[i])[j]);
+    const float *gamma = load_vector<T>(2, a.norm_weight, a.k), *beta = load_vector<T>(3, a.norm_bias, a.k);
+    row_blocks(a.rows, [&](int64_t r0, int64_t m) {
+      const T* x = (const T*)a.x + r0 * a.k;
+      float *row = scratch<float>(7, width), *stats = scratch<float>(8, 2 * m);
+      auto fill = [&](int64_t k0, int64_t kn, Elem* ap) {
+        for (int64_t i = 0; i < m; ++i) {
+          if (a.prologue == FP_LAYERNORM) {
+            load_row(x + i * a.k, row, a.k, width);
+            if (k0 == 0) row_stats(row, a.k, a.eps, stats + 2 * i, stats + 2 * i + 1);
+            row_normalize(row, a.k, stats[2 * i], stats[2 * i + 1], gamma, beta);
+            E::put_a_row(ap, kn, i, row + k0);
+          } else {
+            load_row(x + i * a.k + k0, row, kn, E::pad_k(kn));
+            if (a.prologue == FP_PROLOGUE_GELU)
+              for (int64_t j = 0; j < kn; j += VL) store(row + j, activate(GELU, load(row + j)));
+            E::put_a_row(ap, kn, i, row);
+          }
+        }
+      };
+      block(m, a.k, n, b, false, nullptr, fill, [&](int64_t p, const float* c) {
+        const int64_t j0 = p * E::NP, nc = n - j0 < E::NP ? n - j0 : E::NP;
+        for (int64_t i = 0; i < m; ++i) {
+          T* y = (T*)a.out + (r0 + i) * n + j0;
+          for (int64_t j = 0; j < nc; j += VL) store(y + j, load(c + i * E::NP + j) + load(bias + j0 + j), nc - j);
+        }
+      });
+      if (a.stats && a.prologue == FP_LAYERNORM) memcpy(a.stats + 2 * r0, stats, 8 * m);
+    });
+  }
+
+  static void backward(const fp_linear& a) {
+    const int64_t n = total(a), width = round_up(a.k > n ? a.k : n, 64) + 64;
+    const Elem* b = packed_operand(a, n, 1);
+    const float* gamma = load_vector<T>(2, a.norm_weight, a.k);
+    const bool norm = a.prologue == FP_LAYERNORM;
+    row_blocks(a.rows, [&](int64_t r0, int64_t m) {
+      const T *g = (const T*)a.grad + r0 * n, *x = (const T*)a.x + r0 * a.k;
+      T* dx = (T*)a.out + r0 * a.k;
+      float *row = scratch<float>(7, width), *xrow = scratch<float>(9, width), *c = nullptr;
+      auto fill = [&](int64_t k0, int64_t kn, Elem* ap) {
+        for (int64_t i = 0; i < m; ++i) {
+          load_row(g + i * n + k0, row, kn, E::pad_k(kn));
+          E::put_a_row(ap, kn, i, row);
+        }
+      };
+      block(m, n, a.k, b, norm, &c, fill, [&](int64_t p, const float* cp) {
+        if (norm) return;
+        const int64_t j0 = p * E::NP, nc = a.k - j0 < E::NP ? a.k - j0 : E::NP;
+        for (int64_t i = 0; i < m; ++i)
+          for (int64_t j = 0; j < nc; j += VL) {
+            vf v = load(cp + i * E::NP + j);
+            if (a.prologue == FP_PROLOGUE_GELU) v *= activate_grad(GELU, load(x + i * a.k + j0 + j, nc - j));
+            store(dx + i * a.k + j0 + j, v, nc - j);
+          }
+      });
+      if (norm) {
+        for (int64_t i = 0; i < m; ++i) {
+          gather_row<E>(c, m, i, row, a.k);
+          load_row(x + i * a.k, xrow, a.k, width);
+          row_norm_grad(row, xrow, a.k, a.stats[2 * (r0 + i)], a.stats[2 * (r0 + i) + 1], gamma);
+          store_row(dx + i * a.k, row, a.k);
+        }
+      }
+    });
+  }
+};
+
+}  // namespace FP_ISA

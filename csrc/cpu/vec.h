@@ -1,0 +1,246 @@
+// Vectors of the widest kind the translation unit is compiled for. Included inside one namespace per instruction set
+// (FP_ISA), so that no inline function of one set can be merged with another's by the linker.
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace FP_ISA {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16;
+#elif defined(__AVX2__)
+constexpr int VL = 8;
+#else
+constexpr int VL = 4;
+#endif
+typedef float vf __attribute__((vector_size(VL * 4), may_alias));
+typedef int32_t vi __attribute__((vector_size(VL * 4), may_alias));
+typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+struct bf16 { uint16_t bits; };
+
+#define FP_INLINE static inline __attribute__((always_inline))
+
+FP_INLINE vf splat(float x) { return x - (vf){}; }
+FP_INLINE vf load(const float* p) { return *(const vfu*)p; }
+FP_INLINE void store(float* p, vf v) { *(vfu*)p = v; }
+FP_INLINE vf fma(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+FP_INLINE float sum(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s = 0;
+  for (int i = 0; i < VL; ++i) s += v[i];
+  return s;
+#endif
+}
+FP_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// bf16 <-> float, round to nearest even, NaN kept
+FP_INLINE float up(bf16 x) {
+  uint32_t u = (uint32_t)x.bits << 16;
+  float f;
+  memcpy(&f, &u, 4);
+  return f;
+}
+FP_INLINE float up(float x) { return x; }
+FP_INLINE void down(float f, float* out) { *out = f; }
+FP_INLINE void down(float f, bf16* out) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  out->bits = f != f ? 0x7fc0 : (uint16_t)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+}
+FP_INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#else
+  vf v;
+  for (int i = 0; i < VL; ++i) v[i] = up(p[i]);
+  return v;
+#endif
+}
+FP_INLINE void store(bf16* p, vf v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#elif defined(__AVX512F__)
+  __m512i u = (__m512i)v, odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  u = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, odd), _mm512_set1_epi32(0x7fff)), 16);
+  u = _mm512_mask_set1_epi32(u, _mm512_cmp_ps_mask((__m512)v, (__m512)v, _CMP_UNORD_Q), 0x7fc0);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(u));
+#else
+  for (int i = 0; i < VL; ++i) down(v[i], p + i);
+#endif
+}
+template <class T> FP_INLINE vf load(const T* p, int n) {  // first n lanes, zeros behind
+  if (n >= VL) return load(p);
+  float t[VL] = {};
+  for (int i = 0; i < n; ++i) t[i] = up(p[i]);
+  return load(t);
+}
+template <class T> FP_INLINE void store(T* p, vf v, int n) {
+  if (n >= VL) return store(p, v);
+  for (int i = 0; i < n; ++i) down(v[i], p + i);
+}
+
+// exp to about 1 ulp (Cephes' reduction and polynomial); 0 below -87.3, NaN kept
+FP_INLINE vf vexp(vf x) {
+  vf c = x < splat(-87.3f) ? splat(-87.3f) : x;
+  c = c > splat(88.7f) ? splat(88.7f) : c;
+  vf t = fma(c, splat(1.44269504088896341f), splat(12582912.f));  // 1.5 * 2^23: rounds to an integer
+  vf n = t - splat(12582912.f);
+  vf r = fma(n, splat(-0.693359375f), c);
+  r = fma(n, splat(2.12194440e-4f), r);
+  vf p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p * r, r, r) + splat(1.f);
+  vi e = ((vi)t - ((vi){} + 0x4B400000) + 127) << 23;
+  vf y = p * (vf)e;
+  return x < splat(-87.3f) ? splat(0.f) : y;
+}
+FP_INLINE vf sigmoid(vf x) { return splat(1.f) / (splat(1.f) + vexp(-x)); }
+
+// erf as x P(x^2) / Q(x^2) on [-4, 4]; largest error 2e-7 (checked in tests/ops against torch)
+FP_INLINE vf verf(vf x) {
+  x = x > splat(4.f) ? splat(4.f) : x;
+  x = x < splat(-4.f) ? splat(-4.f) : x;
+  vf s = x * x;
+  vf p = splat(-2.72614225801306e-10f);
+  p = fma(p, s, splat(2.77068142495902e-08f));
+  p = fma(p, s, splat(-2.10102402082508e-06f));
+  p = fma(p, s, splat(-5.69250639462346e-05f));
+  p = fma(p, s, splat(-7.34990630326855e-04f));
+  p = fma(p, s, splat(-2.95459980854025e-03f));
+  p = fma(p, s, splat(-1.60960333262415e-02f));
+  vf q = splat(-1.45660718464996e-05f);
+  q = fma(q, s, splat(-2.13374055278905e-04f));
+  q = fma(q, s, splat(-1.68282697438203e-03f));
+  q = fma(q, s, splat(-7.37332916720468e-03f));
+  q = fma(q, s, splat(-1.42647390514189e-02f));
+  return x * p / q;
+}
+
+enum { IDENTITY, RELU, GELU, GELU_TANH, SILU };  // the values of fp_activation
+
+FP_INLINE vf activate(int kind, vf z) {
+  switch (kind) {
+    case RELU: return z > splat(0.f) ? z : (z != z ? z : splat(0.f));
+    case GELU: return splat(.5f) * z * (splat(1.f) + verf(z * splat(0.70710678118654752f)));
+    case GELU_TANH: {  // (1 + tanh u) / 2 = sigmoid(2u)
+      vf u = splat(0.7978845608028654f) * fma(z * z * z, splat(0.044715f), z);
+      return z * sigmoid(u + u);
+    }
+    case SILU: return z * sigmoid(z);
+    default: return z;
+  }
+}
+FP_INLINE vf activate_grad(int kind, vf z) {
+  switch (kind) {
+    case RELU: return z > splat(0.f) ? splat(1.f) : splat(0.f);
+    case GELU: {
+      vf cdf = splat(.5f) * (splat(1.f) + verf(z * splat(0.70710678118654752f)));
+      return fma(z, splat(0.3989422804014327f) * vexp(splat(-.5f) * z * z), cdf);
+    }
+    case GELU_TANH: {
+      vf u = splat(0.7978845608028654f) * fma(z * z * z, splat(0.044715f), z);
+      vf s = sigmoid(u + u);
+      vf du = splat(0.7978845608028654f) * fma(z * z, splat(0.134145f), splat(1.f));
+      return fma(z * s * (splat(1.f) - s), du + du, s);
+    }
+    case SILU: {
+      vf s = sigmoid(z);
+      return fma(z * s, splat(1.f) - s, s);
+    }
+    default: return splat(1.f);
+  }
+}
+
+template <class T> FP_INLINE void load_row(const T* src, float* dst, int n, int padded) {
+  for (int j = 0; j < n; j += VL) store(dst + j, load(src + j, n - j));
+  for (int j = (n + VL - 1) / VL * VL; j < padded; ++j) dst[j] = 0.f;
+}
+template <class T> FP_INLINE void store_row(T* dst, const float* src, int n) {
+  for (int j = 0; j < n; j += VL) store(dst + j, load(src + j), n - j);
+}
+
+// Row statistics in two passes (as torch: no cancellation). row is zero-padded to a multiple of VL.
+FP_INLINE void row_stats(const float* row, int n, float eps, float* mean, float* rstd) {
+  vf s0 = {}, s1 = {};
+  int j = 0;
+  for (; j + 2 * VL <= n; j += 2 * VL) s0 += load(row + j), s1 += load(row + j + VL);
+  for (; j < n; j += VL) s0 += load(row + j);
+  float mu = sum(s0 + s1) / n;
+  s0 = s1 = vf{};
+  for (j = 0; j + VL <= n; j += VL) {
+    vf a = load(row + j) - splat(mu);
+    s0 = fma(a, a, s0);
+  }
+  float tail = 0;
+  for (; j < n; ++j) tail += (row[j] - mu) * (row[j] - mu);
+  *mean = mu;
+  *rstd = 1.f / sqrtf((sum(s0) + tail) / n + eps);
+}
+// row <- (row - mean) * rstd * gamma + beta; gamma, beta zero-padded, either may be null
+FP_INLINE void row_normalize(float* row, int n, float mean, float rstd, const float* gamma, const float* beta) {
+  for (int j = 0; j < n; j += VL) {
+    vf v = (load(row + j) - splat(mean)) * splat(rstd);
+    if (gamma) v *= load(gamma + j);
+    if (beta) v += load(beta + j);
+    store(row + j, v, n - j);
+  }
+}
+// LayerNorm's input gradient for one row: dy <- rstd (dy*gamma - mean(dy*gamma) - xhat mean(dy*gamma*xhat)); x raw
+FP_INLINE void row_norm_grad(float* dy, const float* x, int n, float mean, float rstd, const float* gamma) {
+  vf s1 = {}, s2 = {};
+  for (int j = 0; j < n; j += VL) {  // dy is zero behind n, so whatever xhat is there does not count
+    vf d = load(dy + j);
+    if (gamma) d *= load(gamma + j);
+    s1 += d;
+    s2 = fma(d, (load(x + j) - splat(mean)) * splat(rstd), s2);
+    store(dy + j, d);
+  }
+  vf m1 = splat(sum(s1) / n), m2 = splat(sum(s2) / n);
+  for (int j = 0; j < n; j += VL) {
+    vf xhat = (load(x + j) - splat(mean)) * splat(rstd);
+    store(dy + j, (load(dy + j) - m1 - xhat * m2) * splat(rstd), n - j);
+  }
+}
+
+FP_INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
+
+// Scratch of the calling thread, kept between calls; slots are independent, contents undefined.
+static void* scratch(int slot, size_t bytes) {
+  struct Buf { void* p = nullptr; size_t n = 0; ~Buf() { free(p); } };
+  static thread_local Buf bufs[16];
+  Buf& b = bufs[slot];
+  if (b.n < bytes) {
+    free(b.p);
+    b.n = 0;
+    if (posix_memalign(&b.p, bytes > (1 << 20) ? 2 << 20 : 4096, round_up(bytes, 4096))) abort();
+    b.n = bytes;
+  }
+  return b.p;
+}
+template <class T> static T* scratch(int slot, size_t count) { return (T*)scratch(slot, count * sizeof(T)); }
+
+template <class F> static void parallel(int64_t n, int64_t grain, const F& f) {
+  if (n <= 0) return;
+  fp_parallel_for(n, grain, [](void* ctx, int64_t b, int64_t e) { (*(const F*)ctx)(b, e); }, (void*)&f);
+}
+
+}  // namespace FP_ISA
