@@ -10,7 +10,7 @@ from fastpetl.methods.das import DASConfig
 from fastpetl.patching import patch as _patch
 from fastpetl.patching import registry, unpatch
 
-__all__ = ["Attached", "DASConfig", "attach", "attached", "detach"]
+__all__ = ["Attached", "DASConfig", "attach", "attached", "detach", "load_original"]
 
 _CONFIGS = (DASConfig,)
 _KEY = "_fastpetl_attached"
@@ -81,6 +81,17 @@ def detach(model: nn.Module) -> nn.Module:
     names, backend = _patched(model)
     _remove(model, family, host, state.requires_grad)
     _patch_again(model, names, backend)
+    return model
+
+
+def load_original(model: nn.Module, state_dict: dict, *, strict: bool = True) -> nn.Module:
+    """Semantics: load a checkpoint of the paper's own code (its parameter names) into `model`; in place; returns
+    `model`.
+
+    Attach adapters of the checkpoint's sizes first if it has adapters. strict: as in load_state_dict.
+    """
+    family, _ = registry.family_of(model, "load_original")
+    model.load_state_dict(family.from_original(state_dict), strict=strict)
     return model
 
 

@@ -72,22 +72,38 @@ class _FusedBlock:
             return super().forward(hidden_states, attention_mask, output_attentions)
         return (self._block(hidden_states, attention_mask),)
 
+    def _packs(self) -> tuple:
+        """A cache per linear for its weights in the GEMM's layout: inference only, where memory is at its lowest."""
+        state = self.__dict__
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():
+                state.pop("_fastpetl_packs", None)
+            return (None,) * 4
+        if "_fastpetl_packs" not in state:
+            from fastpetl.ops import PackCache
+
+            state["_fastpetl_packs"] = tuple(PackCache() for _ in range(4))
+        return state["_fastpetl_packs"]
+
     def _block(self, x, attention_mask):
         from fastpetl import ops
         from fastpetl.backends import for_op
 
         linear = for_op("linear", self._fastpetl_backend)
+        packs = self._packs()
         attention, proj, mlp, out = self.attention.attention, self.attention.output, self.intermediate, self.output
         qkv = _side_by_side(attention.query, attention.key, attention.value)
-        h = ops.linear(x, *qkv, norm=_norm(self.layernorm_before), backend=linear)
+        h = ops.linear(x, *qkv, norm=_norm(self.layernorm_before), backend=linear, cache=packs[0])
         h = _attend(attention, h, attention_mask, for_op("attention", self._fastpetl_backend))
-        h = ops.linear(h, *_side_by_side(proj.dense), backend=linear)
+        h = ops.linear(h, *_side_by_side(proj.dense), backend=linear, cache=packs[1])
         x = self._site(0, x, _drop(h, proj.dropout))
-        h = ops.linear(x, *_side_by_side(mlp.dense), norm=_norm(self.layernorm_after), backend=linear)
+        fc1 = _side_by_side(mlp.dense)
+        h = ops.linear(x, *fc1, norm=_norm(self.layernorm_after), backend=linear, cache=packs[2])
         gelu = exact_gelu(mlp.intermediate_act_fn)
         if not gelu:
             h = mlp.intermediate_act_fn(h)
-        h = ops.linear(h, *_side_by_side(out.dense), activation="gelu" if gelu else None, backend=linear)
+        activation = "gelu" if gelu else None
+        h = ops.linear(h, *_side_by_side(out.dense), activation=activation, backend=linear, cache=packs[3])
         return self._site(1, x, _drop(h, out.dropout))
 
 

@@ -18,7 +18,7 @@ from fastpetl.patching.report import Report, Row
 __all__ = ["Report", "Row", "patch", "report", "unpatch"]
 
 _NOT_PATCHED = "not patched: patch was not called, or its filter_fn left it out"
-_STATE = ("_fastpetl_backend", "_fastpetl_fallback")
+_STATE = ("_fastpetl_backend", "_fastpetl_fallback", "_fastpetl_packs")
 
 
 def patch(
@@ -129,7 +129,7 @@ def _matches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule, str | Non
 
 def _forward_reason(module: nn.Module) -> str | None:
     if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (by accelerate, or another patcher): a new class would not reach it"
+        return "its forward was replaced on the instance (accelerate, another patcher): a new class would not reach it"
     return None
 
 

@@ -220,7 +220,7 @@ class ViltFamily:
                     break
             else:
                 raise ValueError(
-                    f"from_original: {name} is no parameter of DAS-ViLT, expected e.g. transformer.blocks.0.norm1.weight"
+                    f"from_original: {name} is no parameter of DAS-ViLT, expected e.g. transformer.norm.weight"
                 )
         return renamed
 

@@ -76,19 +76,19 @@ def mask_values(mask, n_blocks: int | None, function: str) -> tuple[bool, ...]:
     shape = getattr(mask, "shape", None)
     if shape is not None:  # a tensor or an array
         if len(shape) == 2:
-            raise NotImplementedError(f"{function}: mask has shape {tuple(shape)}, {one}")
+            raise ValueError(f"{function}: mask has shape {tuple(shape)}, {one}")
         if len(shape) != 1:
             raise ValueError(f"{function}: mask has shape {tuple(shape)}, expected {expected}")
         if str(mask.dtype).removeprefix("torch.") != "bool":
-            raise TypeError(f"{function}: mask has dtype {mask.dtype}, {bools}")
+            raise ValueError(f"{function}: mask has dtype {mask.dtype}, {bools}")
         values = mask.tolist()
     elif isinstance(mask, (list, tuple)):
         values = list(mask)
         if any(isinstance(value, (list, tuple)) for value in values):
-            raise NotImplementedError(f"{function}: mask is nested, {one}")
+            raise ValueError(f"{function}: mask is nested, {one}")
         wrong = next((value for value in values if not isinstance(value, bool)), None)
         if wrong is not None:
-            raise TypeError(f"{function}: mask has the element {wrong!r}, {bools}")
+            raise ValueError(f"{function}: mask has the element {wrong!r}, {bools}")
     else:
         raise TypeError(
             f"{function}: mask is {type(mask).__name__}, expected a SkipPlan or a bool mask of shape {expected}"

@@ -1,0 +1,191 @@
+"""Parameters and multiply-accumulates of a model as it stands, adapters and skip plan included. Can be called itself."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from fastpetl._callable import make_callable
+
+__all__ = ["Count", "count", "main"]
+
+
+@dataclass(frozen=True)
+class Count:
+    """Parameters (storage shared by several counts once) and MACs of one forward; parts: (name, total, trainable,
+    macs).
+    """
+
+    total: int
+    trainable: int
+    macs: int
+    parts: tuple[tuple[str, int, int, int], ...] = ()
+
+    @property
+    def trainable_percent(self) -> float:
+        return 100.0 * self.trainable / self.total if self.total else 0.0
+
+    def __str__(self) -> str:
+        rows = [*self.parts, ("total", self.total, self.trainable, self.macs)]
+        lines = [("module", "parameters", "trainable", "%", "MACs")]
+        for name, total, trainable, macs in rows:
+            share = f"{100.0 * trainable / total:.2f}" if total else ""
+            lines.append((name, f"{total:,}", f"{trainable:,}", share, f"{macs:,}"))
+        widths = [max(len(line[i]) for line in lines) for i in range(5)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+            )
+            for line in lines
+        )
+
+
+def count(model: nn.Module, inputs=None) -> Count:
+    """Semantics: parameters of `model`, and the MACs of model(**inputs) or model(*inputs), by what really runs.
+
+    inputs: a mapping, a sequence, one tensor, or None for parameters only. The model runs once, in eval mode and
+    without gradients, through its unpatched forward; matrix products and convolutions count, attention's two products
+    included, elementwise work does not. A skipped block counts what its shortcut costs. The random generator is left
+    as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"count: model is {type(model).__name__}, expected a torch.nn.Module")
+    macs = {} if inputs is None else _run(model, inputs)
+    names = _parts(model)
+    parts = []
+    for name in names:
+        module = model.get_submodule(name)
+        parts.append((name, *_parameters(module), macs.get(name, 0)))
+    return Count(*_parameters(model), macs=macs.get("", 0), parts=tuple(parts))
+
+
+def _parts(model: nn.Module) -> list[str]:
+    """The modules a table names: children, with one that holds most of the parameters replaced by its own."""
+    names: list[str] = []
+    everything = max(1, _parameters(model)[0])
+    for name, child in model.named_children():
+        if _parameters(child)[0] > 0.5 * everything and any(True for _ in child.children()):
+            names += [f"{name}.{inner}" for inner, _ in child.named_children()]
+        else:
+            names.append(name)
+    return names
+
+
+def _parameters(module: nn.Module) -> tuple[int, int]:
+    """(all, trainable): elements of storage that parameters cover; one shared by several names, or a view of another,
+    counts once.
+    """
+    spans: dict = {}
+    for parameter in module.parameters():
+        shared = parameter.device.type != "meta" and parameter.is_contiguous()
+        key = parameter.untyped_storage()._cdata if shared else id(parameter)
+        start = parameter.storage_offset() if shared else 0
+        spans.setdefault(key, []).append((start, start + parameter.numel(), parameter.requires_grad))
+    total = trainable = 0
+    for pieces in spans.values():
+        total += _union(piece[:2] for piece in pieces)
+        trainable += _union(piece[:2] for piece in pieces if piece[2])
+    return total, trainable
+
+
+def _union(spans) -> int:
+    covered, end = 0, 0
+    for start, stop in sorted(spans):
+        covered += max(0, stop - max(start, end))
+        end = max(end, stop)
+    return covered
+
+
+def _run(model: nn.Module, inputs) -> dict[str, int]:
+    """MACs by module name ("" the whole model)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    training = {module: module.training for module in model.modules()}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), _unpatched(model):
+        counter = FlopCounterMode(display=False, depth=None)
+        try:
+            model.eval()
+            with counter:
+                if isinstance(inputs, Mapping):
+                    model(**inputs)
+                elif isinstance(inputs, (tuple, list)):
+                    model(*inputs)
+                else:
+                    model(inputs)
+        finally:
+            for module, flag in training.items():
+                module.training = flag
+    root = type(model).__name__
+    found = {}
+    for name, flops in counter.get_flop_counts().items():
+        name = "" if name in ("Global", root) else name.removeprefix(f"{root}.")
+        found[name] = max(found.get(name, 0), sum(flops.values()) // 2)
+    return found
+
+
+@contextlib.contextmanager
+def _unpatched(model: nn.Module):
+    """The model's own forwards for a while: their products are counted where they are, a fused op hides its own."""
+    from fastpetl.patching import unpatch
+
+    before = [(module, module.__class__, dict(module.__dict__)) for module in model.modules()]
+    unpatch(model)
+    try:
+        yield
+    finally:
+        for module, cls, state in before:
+            module.__class__ = cls
+            for key in state.keys() - module.__dict__.keys():
+                module.__dict__[key] = state[key]
+
+
+# --- python -m fastpetl count -----------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Semantics: the command line: counts a model of the paper's size with random weights."""
+    parser = argparse.ArgumentParser(prog="python -m fastpetl count", description="Parameters and MACs of a model.")
+    parser.add_argument("model", choices=["vilt"], help="ViLT-B/32 for VQAv2 with DAS adapters")
+    parser.add_argument(
+        "--image-size", type=int, nargs=2, default=(384, 384), metavar=("H", "W"), help="default: 384 384"
+    )
+    parser.add_argument("--text-tokens", type=int, default=40, help="default: 40")
+    parser.add_argument("--skip", type=int, nargs="*", default=(), metavar="I", help="blocks to skip, default: none")
+    parser.add_argument("--bottleneck", type=int, help="of the adapters in the blocks, default: 96")
+    parser.add_argument("--skip-bottleneck", type=int, help="of the shortcut adapters, default: 192")
+    parser.add_argument("--no-adapters", action="store_true", help="plain ViLT: no adapters, skipping by identity")
+    args = parser.parse_args(argv)
+    try:
+        from transformers import ViltConfig, ViltForQuestionAnswering
+    except ImportError as error:
+        print(f"count: transformers does not import ({error}): pip install transformers")
+        return 1
+    from fastpetl.methods import DASConfig, attach
+    from fastpetl.skip import SkipPlan, skip
+
+    height, width = args.image_size
+    config = ViltConfig(num_labels=3129, max_position_embeddings=max(40, args.text_tokens))
+    model = ViltForQuestionAnswering(config)
+    if not args.no_adapters:
+        attach(model, DASConfig(bottleneck=args.bottleneck, skip_bottleneck=args.skip_bottleneck), patch=False)
+    skip(model, SkipPlan(tuple(args.skip)))
+    inputs = {
+        "input_ids": torch.ones(1, args.text_tokens, dtype=torch.long),
+        "attention_mask": torch.ones(1, args.text_tokens, dtype=torch.long),
+        "pixel_values": torch.zeros(1, 3, height, width),
+        "pixel_mask": torch.ones(1, height, width, dtype=torch.long),
+    }
+    tokens = args.text_tokens + 1 + (height // config.patch_size) * (width // config.patch_size)
+    print(f"ViLT-B/32, VQAv2 head, {height}x{width} pixels, {args.text_tokens} text tokens: {tokens} tokens, batch 1")
+    print(f"skipped blocks: {', '.join(map(str, args.skip)) or 'none'}")
+    print(count(model, inputs))
+    return 0
+
+
+make_callable(__name__, count)
