@@ -59,6 +59,7 @@ def build(source, target, env, *more, check=True):
 
 def copy_checkout(target):
     """What a build reads, without anything that was built."""
+    target.mkdir()
     for name in SOURCES:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
         more = {"ignore": shutil.ignore_patterns("*.so", "__pycache__")} if copy is shutil.copytree else {}
@@ -88,7 +89,7 @@ def test_wheel_works_outside_the_checkout(tmp_path):
 @needs_cxx
 def test_pip_wheel_from_a_clean_checkout(tmp_path):
     """`pip wheel` compiles everything anew, through the PEP 517 entry point."""
-    source = copy_checkout(tmp_path)
+    source = copy_checkout(tmp_path / "checkout")
     python("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", source)
     [wheel] = (tmp_path / "dist").glob("*.whl")
     assert use_vilt(wheel, tmp_path).split()[-1] == "built"
@@ -122,7 +123,7 @@ def test_no_compiler_is_an_error_where_the_extension_is_required(tmp_path):
 
 @needs_cxx
 def test_failed_compile_leaves_no_older_module_behind(tmp_path):
-    source = copy_checkout(tmp_path)
+    source = copy_checkout(tmp_path / "checkout")
     shutil.rmtree(source / "csrc")
     (source / "csrc/bind").mkdir(parents=True)
     (source / "csrc/bind/module.cpp").write_text("#error broken on purpose\n")
