@@ -1,8 +1,8 @@
 """easy-VQA as tensors: the questions and images of the PyPI package ``easy-vqa``, read from its own files.
 
-The package holds 5,000 images of one coloured shape each and 48,248 questions with 13 answers.  The questions are split by
-kind: the yes/no ones are the pretext task of the shipped backbone, the open ones ("what color is the circle?", 11 answers)
-are the downstream task of the demo.  Nothing here touches the network.
+The package holds 5,000 images of one coloured shape each and 48,248 questions with 13 answers.  The questions are split
+by kind: the shipped backbone was taught with the yes/no ones (the pretext task), the open ones ("what color is the
+circle?", 11 answers) are the downstream task of the demo.  Nothing here touches the network.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def load_questions(split: str) -> list[Question]:
     readers = {"train": package.get_train_questions, "test": package.get_test_questions}
     if split not in readers:
         raise ValueError(f"load_questions: split is {split!r}, expected 'train' or 'test'")
-    return [Question(text, answer, image) for text, answer, image in zip(*readers[split]())]
+    return [Question(text, answer, image) for text, answer, image in zip(*readers[split](), strict=True)]
 
 
 def pretext(questions: Iterable[Question]) -> list[Question]:
@@ -80,7 +80,8 @@ def load_tokenizer(assets: Path = ASSETS):
 def load_image_processor(assets: Path = ASSETS):
     """Hugging Face's ViLT image processor with the small image size in ``assets``.
 
-    The PIL implementation, because the other one needs torchvision; older transformers have only the PIL one, under the plain name.
+    The PIL implementation, because the other one needs torchvision; older transformers have only the PIL one, under the
+    plain name.
     """
     offline()
     try:
@@ -97,7 +98,9 @@ def progress(iterable, *, quiet: bool = False, **options):
     return tqdm(iterable, disable=quiet, dynamic_ncols=True, **options)
 
 
-def load_images(split: str, ids: Iterable[int], *, assets: Path = ASSETS, quiet: bool = False) -> dict[int, torch.Tensor]:
+def load_images(
+    split: str, ids: Iterable[int], *, assets: Path = ASSETS, quiet: bool = False
+) -> dict[int, torch.Tensor]:
     """Decode and preprocess the images ``ids`` of ``split``: {id: float32 [3, height, width]}."""
     from PIL import Image
 
@@ -108,7 +111,7 @@ def load_images(split: str, ids: Iterable[int], *, assets: Path = ASSETS, quiet:
     for start in progress(range(0, len(ids), 50), desc=f"images ({split})", unit="x50", quiet=quiet):
         chunk = ids[start : start + 50]
         pixels = processor([Image.open(paths[i]).convert("RGB") for i in chunk], return_tensors="pt")["pixel_values"]
-        images.update(zip(chunk, pixels))
+        images.update(zip(chunk, pixels, strict=True))
     return images
 
 
@@ -123,10 +126,16 @@ class Tensors:
         if not questions:
             raise ValueError("Tensors: questions is empty, expected at least one")
         text = tokenizer(
-            [q.text for q in questions], padding="max_length", max_length=MAX_TEXT, truncation=False, return_tensors="pt"
+            [q.text for q in questions],
+            padding="max_length",
+            max_length=MAX_TEXT,
+            truncation=False,
+            return_tensors="pt",
         )
         if text["input_ids"].shape[1] != MAX_TEXT:
-            raise ValueError(f"Tensors: a question has {text['input_ids'].shape[1]} tokens, expected at most {MAX_TEXT}")
+            raise ValueError(
+                f"Tensors: a question has {text['input_ids'].shape[1]} tokens, expected at most {MAX_TEXT}"
+            )
         ids = sorted(images)
         position = {image: i for i, image in enumerate(ids)}
         self.questions = questions
@@ -147,15 +156,9 @@ class Tensors:
             "pixel_mask": pixels.new_ones((len(indices), *pixels.shape[-2:]), dtype=torch.long),
         }
 
-    def labels(self, indices: torch.Tensor) -> torch.Tensor:
-        """One-hot float32 [batch, 13], as ViltForQuestionAnswering takes them."""
-        return torch.nn.functional.one_hot(self.answers[indices], len(ANSWERS)).float()
 
-
-def load(
-    split: str, kind: str, *, limit: int | None = None, assets: Path = ASSETS, quiet: bool = False
-) -> Tensors:
-    """The questions of ``split`` and ``kind`` ("pretext" or "downstream") with their images; ``limit`` takes the first few."""
+def load(split: str, kind: str, *, limit: int | None = None, assets: Path = ASSETS, quiet: bool = False) -> Tensors:
+    """Questions of ``split`` and ``kind`` ("pretext" or "downstream") with their images; ``limit``: only the first."""
     kinds = {"pretext": pretext, "downstream": downstream}
     if kind not in kinds:
         raise ValueError(f"load: kind is {kind!r}, expected 'pretext' or 'downstream'")
