@@ -1,0 +1,211 @@
+"""A patched ViLT gives the numbers of the unpatched one: inference, training, both kinds of checkpointing, autocast, bf16."""
+
+import copy
+
+import pytest
+import torch
+from vilt_tiny import assert_same_training, gradients, pair, relative, run, tiny_das, tiny_vilt
+
+import fastpetl
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("make", [tiny_vilt, tiny_das])
+def test_inference(make, padded):
+    plain = make()
+    patched = fastpetl.patch(copy.deepcopy(plain), strict=True)
+    mask = {} if padded else {"attention_mask": None}
+    with torch.no_grad():
+        want = run(plain, **mask).logits
+        assert relative(run(patched, **mask).logits, want) <= 1e-4
+        assert relative(run(patched, **mask).logits, want) <= 1e-4  # now with packed weights
+
+
+def test_training_of_adapters():
+    patched, plain = pair()
+    patched.train(), plain.train()
+    found = assert_same_training(patched, plain)
+    assert any("adapter0.down_proj" in name for name in found)
+    assert any("text_embeddings.token_type_embeddings" in name for name in found)  # dx reaches the first layer's input
+
+
+def test_full_fine_tuning():
+    plain = tiny_vilt().train()
+    patched = fastpetl.patch(copy.deepcopy(plain))
+    names = set(assert_same_training(patched, plain))
+    assert names == {name for name, p in plain.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant):
+    patched, plain = pair()
+    for model in (patched, plain):
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    assert_same_training(patched, plain)
+    assert not any("_fastpetl_packs" in module.__dict__ for module in patched.modules())
+    reference = tiny_das().train()
+    assert_same_training(patched, reference)
+
+
+def test_dropout_draws_the_same_numbers():
+    kwargs = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
+    patched, plain = pair(**kwargs)
+    patched.train(), plain.train()
+    assert_same_training(patched, plain)
+    assert "attention dropout 0.3" in str(fastpetl.report(patched))
+
+
+def test_dropout_changes_the_numbers():
+    model = tiny_das(patch=True, hidden_dropout_prob=0.2)
+    want = run(model).logits
+    assert relative(run(model.train()).logits, want) > 1e-3
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu_new", "gelu_10", "silu", "gelu_python"])
+def test_other_activations(activation):
+    patched, plain = pair(hidden_act=activation)
+    assert_same_training(patched, plain)
+    assert "is not the exact GELU" in str(fastpetl.report(patched))
+
+
+def test_without_query_key_value_biases():
+    patched, plain = pair(qkv_bias=False)
+    assert_same_training(patched, plain)
+
+
+def test_output_attentions_and_hidden_states():
+    patched, plain = pair()
+    kwargs = {"output_attentions": True, "output_hidden_states": True}
+    got, want = run(patched, **kwargs), run(plain, **kwargs)
+    assert len(got.attentions) == len(want.attentions) and len(got.hidden_states) == len(want.hidden_states)
+    for a, b in zip((*got.attentions, *got.hidden_states), (*want.attentions, *want.hidden_states), strict=True):
+        assert a.shape == b.shape
+        assert relative(a, b) <= 1e-4
+    states = run(patched, output_hidden_states=True).hidden_states  # by the fused blocks
+    for a, b in zip(states, want.hidden_states, strict=True):
+        assert relative(a, b) <= 1e-4
+
+
+def test_return_dict_false():
+    patched, plain = pair()
+    got, want = run(patched, return_dict=False), run(plain, return_dict=False)
+    assert type(got) is type(want) is tuple and len(got) == len(want)
+    assert relative(got[0], want[0]) <= 1e-4
+
+
+@pytest.mark.parametrize("shape", ["none", "key", "expanded", "equal_rows", "full", "one_for_all"])
+def test_masks_a_layer_may_get(shape):
+    patched, plain = pair()
+    x = torch.randn(2, 9, 32)
+    low = torch.finfo(torch.float32).min
+    key = torch.zeros(2, 1, 1, 9)
+    key[1, ..., 5:] = low
+    full = torch.zeros(2, 1, 9, 9).masked_fill(torch.ones(9, 9).triu(1).bool(), low)
+    mask = {
+        "none": None,
+        "key": key,
+        "expanded": key.expand(2, 1, 9, 9),
+        "equal_rows": key.expand(2, 1, 9, 9).contiguous(),
+        "full": full,
+        "one_for_all": key[1:],
+    }[shape]
+    for part in ("layer.1", ""):
+        got = patched.vilt.encoder.get_submodule(part)(x, mask)[0]
+        want = plain.vilt.encoder.get_submodule(part)(x, mask)[0]
+        assert relative(got, want) <= 1e-4
+
+
+def test_autocast_is_the_original_forward():
+    patched, plain = pair()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, want = run(patched).logits, run(plain).logits
+    assert got.dtype is want.dtype
+    assert torch.equal(got, want)
+    assert "autocast" in str(fastpetl.report(patched))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype):
+    patched, plain = pair()
+    exact = run(plain.double()).logits
+    patched, plain = patched.to(dtype), copy.deepcopy(plain).to(dtype)
+    got, want = (run(model).logits for model in (patched, plain))
+    assert got.dtype is dtype
+    ours, theirs = relative(got.double(), exact), relative(want.double(), exact)
+    assert ours <= 2 * theirs + torch.finfo(dtype).eps * 4
+    if dtype is torch.float16:
+        assert "fell back" in str(fastpetl.report(patched)) and "float16" in str(fastpetl.report(patched))
+
+
+def test_training_in_bfloat16():
+    patched, plain = pair()
+    exact_logits, exact = gradients(copy.deepcopy(plain).double())
+    results = [gradients(model.bfloat16()) for model in (patched, plain)]
+    (got_logits, got), (want_logits, want) = results
+    assert relative(got_logits.double(), exact_logits) <= 2 * relative(want_logits.double(), exact_logits) + 1e-2
+    assert got.keys() == want.keys()
+    for name in want:
+        theirs = relative(want[name].double(), exact[name])
+        assert relative(got[name].double(), exact[name]) <= 2 * theirs + 2e-2, name
+
+
+def test_losses_of_fifty_steps():
+    patched, plain = pair()
+    curves = []
+    for model in (patched, plain):
+        model.train()
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+        labels = torch.eye(5)[:2]
+        curve = []
+        for step in range(50):
+            loss = run(model, seed=step, labels=labels).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    assert curves[1][-1] < 0.9 * curves[1][0]
+    assert relative(curves[0], curves[1]) <= 1e-3
+
+
+def test_weights_changed_after_packing_are_seen():
+    patched, plain = pair()
+    with torch.no_grad():
+        run(patched)
+        for model in (patched, plain):
+            model.vilt.encoder.layer[0].intermediate.dense.weight.mul_(1.5)
+        assert relative(run(patched).logits, run(plain).logits) <= 1e-4
+        state = {name: value * 1.1 for name, value in plain.state_dict().items()}
+        patched.load_state_dict(state), plain.load_state_dict(state)
+        assert relative(run(patched).logits, run(plain).logits) <= 1e-4
+        patched.train()
+        run(patched)
+    assert not any("_fastpetl_packs" in module.__dict__ for module in patched.modules())
+
+
+def test_torch_compile_of_the_encoder():
+    patched, plain = pair()
+    x = torch.randn(2, 9, 32)
+    mask = torch.zeros(2, 1, 1, 9)
+    mask[1, ..., 5:] = torch.finfo(torch.float32).min
+    compiled = torch.compile(patched.vilt.encoder, fullgraph=True, backend="aot_eager")
+    outputs = []
+    for encoder in (compiled, plain.vilt.encoder):
+        leaf = x.clone().requires_grad_()
+        y = encoder(leaf, mask).last_hidden_state
+        y.square().sum().backward()
+        outputs.append((y.detach(), leaf.grad))
+    for got, want in zip(*outputs, strict=True):
+        assert relative(got, want) <= 1e-4
+    down = [m.vilt.encoder.layer[0].adapter0.down_proj.weight.grad for m in (patched, plain)]
+    assert relative(*down) <= 1e-4
+
+
+def test_torch_func():
+    patched, plain = pair()
+    layer, original = patched.vilt.encoder.layer[0], plain.vilt.encoder.layer[0]
+    x = torch.randn(3, 2, 9, 32)
+    got = torch.func.vmap(lambda v: layer(v)[0])(x)
+    want = torch.stack([original(v)[0] for v in x])
+    assert relative(got, want) <= 1e-4
