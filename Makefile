@@ -10,8 +10,11 @@ export MAX_JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 # In a checkout a failed build is an error; FASTPETL_REQUIRE_EXT=0 goes on with the pure-Python parts.
 export FASTPETL_REQUIRE_EXT ?= 1
 
-READY := $(shell $(PYTHON) -c "import torch, numpy, pytest, pybind11, ninja, setuptools; v = torch.__version__.split('.'); print(int((int(v[0]), int(v[1])) >= (2, 11)))" 2>/dev/null)
-ifeq ($(READY),1)
+CHECK := import shutil, torch, numpy, pytest, pybind11, setuptools; \
+  v = torch.__version__.split('.'); \
+  print((int(v[0]), int(v[1])) >= (2, 11) and bool(shutil.which('ninja') or __import__('ninja')))
+READY := $(shell $(PYTHON) -c "$(CHECK)" 2>/dev/null)
+ifeq ($(READY),True)
 PY := $(PYTHON)
 SETUP :=
 else
