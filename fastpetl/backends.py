@@ -268,10 +268,8 @@ def tuned() -> dict[tuple, Tuned]:
 
 
 def forget() -> None:
-    """Semantics: drop all measurements and cached decisions (after changing threads or the environment)."""
+    """Semantics: drop all measurements; the next call of each shape class measures again."""
     _TUNED.clear()
-    _resolve.cache_clear()
-    candidates.cache_clear()
 
 
 def pick(key: tuple, runs: dict, baseline: str, tolerance: float) -> str:

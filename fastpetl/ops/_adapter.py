@@ -83,7 +83,7 @@ def reference_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res
 
 
 def reference_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, add_x, code, scale, needs):
-    """Semantics: what every launcher's backward returns: gradients in the dtype of what they belong to, sums in fp32."""
+    """Semantics: what every launcher's backward returns, in plain torch: gradients in x's dtype, sums in fp32."""
     acc = wide(x)
     g, zw, up = grad.to(acc), z.to(acc), w_up.to(acc)
     hat, n = (None, x.to(acc)) if norm_weight is None else _normalised(x, stats, norm_weight, norm_bias)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
@@ -86,6 +88,30 @@ def needs_grad(*tensors) -> bool:
 def through_dispatcher(x) -> bool:
     """Compiled code and tensor subclasses (FakeTensor, ...) go through the registered op, all else to the launcher."""
     return torch.compiler.is_compiling() or type(x) not in _PLAIN
+
+
+def first_order(op: str):
+    """Wraps a Function's backward, whose gradients have no gradient: using them in another backward raises.
+
+    torch's once_differentiable marks them only where the incoming gradient itself wants one, so that the gradient of
+    `y.sum()` would silently count as a constant in a gradient penalty.
+    """
+    message = f"{op}: the fused backends cannot be differentiated twice, use backend='reference'".encode()
+
+    def decorate(backward):
+        @functools.wraps(backward)
+        def wrapped(ctx, *grads):
+            with torch.no_grad():
+                out = backward(ctx, *grads)
+            if not torch.is_grad_enabled():
+                return out
+            out = out if isinstance(out, tuple) else (out,)
+            marked = (None if g is None else g.detach().requires_grad_() for g in out)
+            return torch._C._functions.DelayedError(message, len(out))(*marked)
+
+        return wrapped
+
+    return decorate
 
 
 def grad_mask(needs_input_grad) -> int:

@@ -28,6 +28,15 @@ def _autograd(name, setup_context, backward):
     torch.library.register_autograd(f"fastpetl::{name}", backward, setup_context=setup_context, lib=_LIB)
 
 
+def _not_twice(name):
+    op = name.removesuffix("_backward")
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(f"{op}: the fused backends cannot be differentiated twice, use backend='reference'")
+
+    _autograd(name, None, refuse)
+
+
 # --- adapter ----------------------------------------------------------------------------------------------------------
 
 
@@ -75,8 +84,8 @@ def _adapter_gradient(ctx, grad, *_):
 
 
 _register(
-    "adapter(Tensor x, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor? res1, Tensor? res2, bool add_x, float eps, int activation, float scale, bool save, str backend) "
+    "adapter(Tensor x, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? norm_weight, "
+    "Tensor? norm_bias, Tensor? res1, Tensor? res2, bool add_x, float eps, int activation, float scale, bool save, str backend) "
     "-> (Tensor, Tensor, Tensor)",
     _adapter_forward,
     _adapter_forward_fake,
@@ -89,6 +98,7 @@ _register(
     _adapter_backward_fake,
 )
 _autograd("adapter", _adapter_context, _adapter_gradient)
+_not_twice("adapter_backward")
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
@@ -140,6 +150,7 @@ _register(
     _linear_backward_fake,
 )
 _autograd("linear", _linear_context, _linear_gradient)
+_not_twice("linear_backward")
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -190,3 +201,4 @@ _register(
     _attention_backward_fake,
 )
 _autograd("attention", _attention_context, _attention_gradient)
+_not_twice("attention_backward")

@@ -6,7 +6,7 @@ import torch
 
 from .. import backends
 from ._attention import heads_of, merge, run_backward, run_forward, scores
-from ._common import autocast_dtype, cast, check_input, needs_grad, number, through_dispatcher
+from ._common import autocast_dtype, cast, check_input, first_order, needs_grad, number, through_dispatcher
 
 __all__ = ["attention", "attention_reference"]
 
@@ -85,7 +85,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("attention")
     def backward(ctx, grad):
         heads, scale, name = ctx.config
         return run_backward(name, grad, *ctx.saved_tensors, heads, scale), None, None, None, None

@@ -16,6 +16,7 @@ from ._common import (
     cast,
     check_input,
     check_like,
+    first_order,
     needs_grad,
     number,
     rows,
@@ -145,7 +146,7 @@ class _Linear(torch.autograd.Function):
         return unflatten(y, x.shape)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order("linear")
     def backward(ctx, grad):
         x2, stats, weight, *weights = ctx.saved_tensors
         prologue, backend, shape = ctx.config
