@@ -2,8 +2,8 @@
 
     y = scale*(act(n(x) w_down^T + b_down) w_up^T + b_up) + (x if add_x) + res1 + res2
 
-The kernels are in adapter_kernels.py, their tile sizes in adapter_config.py. Without a GPU they run in Triton's interpreter
-(TRITON_INTERPRET=1). `verify` says whether a call can be served, and if not, why.
+The kernels are in adapter_kernels.py, their tile sizes in adapter_config.py. Without a GPU they run in Triton's
+interpreter (TRITON_INTERPRET=1). `verify` says whether a call can be served, and if not, why.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _WIDEST = 1 << 22  # offsets inside a tile of 128 rows fit 32 bits
 DX, DW_DOWN, DB_DOWN, DW_UP, DB_UP, DNORM_WEIGHT, DNORM_BIAS = (1 << i for i in range(7))
 
 
-def verify(x: torch.Tensor, d: int | None = None, r: int | None = None, dtype: torch.dtype | None = None) -> tuple[bool, str]:
+def verify(
+    x: torch.Tensor, d: int | None = None, r: int | None = None, dtype: torch.dtype | None = None
+) -> tuple[bool, str]:
     """Semantics: (True, "") if the kernels can serve x [..., d] with bottleneck r, else (False, why)."""
     dtype = x.dtype if dtype is None else dtype
     if dtype not in _KIND:
@@ -36,19 +38,20 @@ def verify(x: torch.Tensor, d: int | None = None, r: int | None = None, dtype: t
             return False, "the Triton adapter is checked on NVIDIA GPUs only, this torch is built for ROCm"
         capability = torch.cuda.get_device_capability(x.device)
         if capability < (8, 0):
-            return False, f"the Triton adapter needs compute capability 8.0 or newer, {x.device} has {capability[0]}.{capability[1]}"
+            has = ".".join(map(str, capability))
+            return False, f"the Triton adapter needs compute capability 8.0 or newer, {x.device} has {has}"
     elif not (INTERPRETED and x.device.type == "cpu"):
         return False, f"the Triton adapter needs a CUDA tensor (or TRITON_INTERPRET=1 on the CPU), got {x.device.type}"
     return True, ""
 
 
-def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, add_x, eps, activation, scale, save,
-                    *, config: Config | None = None):  # fmt: skip
+def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, add_x, eps, activation, scale,
+                    save, *, config: Config | None = None):  # fmt: skip
     """Semantics: y[i] = scale*(act(n(x[i]) w_down^T + b_down) w_up^T + b_up) + (x[i] if add_x) + res1[i] + res2[i].
 
-    x, res1, res2 [rows, d]; w_down [r, d]; w_up [d, r]; n is LayerNorm iff norm_weight is given. All contiguous and of one
-    dtype. activation: 0 identity, 1 relu, 2 gelu (erf), 3 gelu_tanh, 4 silu. Statistics and sums in fp32; rounded to the
-    dtype: z, act(z), y, and with `config.fold` the product w_down*norm_weight (then n(x) itself is not rounded).
+    x, res1, res2 [rows, d]; w_down [r, d]; w_up [d, r]; n is LayerNorm iff norm_weight is given. All contiguous and of
+    one dtype. activation: 0 identity, 1 relu, 2 gelu (erf), 3 gelu_tanh, 4 silu. Statistics and sums in fp32; rounded
+    to the dtype: z, act(z), y, and n(x), or with `config.fold` w_down*norm_weight in its place.
     Returns (y, z, stats): with `save` z [rows, r] is the pre-activation and stats [rows, 2] fp32 are (mean, rstd).
     `config` overrides the table's choice (tuning and tests).
     """
@@ -73,11 +76,13 @@ def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1,
         st = stats if save and norm else None
         norm_kind = (2 if cfg.fold else 1) if norm else 0
         tiles = triton.cdiv(rows, cfg.block_m)
-        opt = dict(num_warps=cfg.num_warps, num_stages=cfg.num_stages, NS=cfg.num_stages, BM=cfg.block_m, D=d, R=r, R1=cfg.r1)
+        stages = cfg.num_stages
+        opt = dict(num_warps=cfg.num_warps, num_stages=stages, NS=stages, BM=cfg.block_m, D=d, R=r, R1=cfg.r1)
         if cfg.split:
             z_buffer = z if save else x.new_empty(rows, r)
             grid = (tiles, triton.cdiv(r, cfg.r1))
-            _launch(K.forward_down, grid, x, *down, z_buffer, st, rows, float(eps), BK=cfg.block_k, NORM=norm_kind, **opt)
+            _launch(K.forward_down, grid, x, *down, z_buffer, st, rows, float(eps),
+                    BK=cfg.block_k, NORM=norm_kind, **opt)  # fmt: skip
             grid = (tiles, triton.cdiv(d, cfg.block_n))
             _launch(K.forward_up, grid, z_buffer, x, w_up, b_up, res1, res2, y, rows, float(scale),
                     BN=cfg.block_n, ACT=activation, ADD_X=bool(add_x), **opt)  # fmt: skip
@@ -90,10 +95,10 @@ def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1,
 
 def adapter_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, add_x, activation, scale, needs,
                      *, config: Config | None = None):  # fmt: skip
-    """Semantics: (dx, dw_down, db_down, dw_up, db_up, dnorm_weight, dnorm_bias) of adapter_forward for grad = dL/dy.
+    """Semantics: (dx, dw_down, db_down, dw_up, db_up, dnorm_weight, dnorm_bias) of adapter_forward, from grad = dL/dy.
 
-    `needs` is a bit mask in that order; what is not needed comes back with 0 elements, and costs nothing. dx includes grad
-    itself iff add_x. z and stats are adapter_forward's. Sums in fp32, no atomics: the same bits every time.
+    `needs` is a bit mask in that order; what is not needed comes back with 0 elements, and costs nothing. dx includes
+    grad itself iff add_x. z and stats are adapter_forward's. Sums in fp32, no atomics: the same bits every time.
     The gradients of the norm's weight and bias come from r x d products, never from a sum over rows:
     dnorm_weight = sum_r (dz^T xhat)*w_down, dnorm_bias = w_down^T (column sums of dz).
     """
@@ -111,8 +116,8 @@ def adapter_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, ad
     elif norm_bias is None:
         needs &= ~DNORM_BIAS
     cfg = config or adapter_config.select(_KIND[x.dtype], "backward", d, r, rows)
-    # bf16: q = rstd*dz meets the raw x in the weight gradient, and the mean is taken off afterwards (bf16 x is exact in the
-    # product). fp32 would lose digits to that difference, fp16 could overflow in q: they multiply dz with xhat.
+    # bf16: q = rstd*dz meets the raw x in the weight gradient, and the mean is taken off afterwards (fp32 holds the
+    # products exactly). fp32 would lose digits to that difference, fp16 could overflow in q: both multiply dz by xhat.
     qscale = norm and x.dtype == torch.bfloat16
     q = h = part = sums = None
     dx = torch.empty_like(x) if needs & DX else None
@@ -144,14 +149,16 @@ def _backward_rows(cfg, args, shape, h_width, add_x):
                 **shape, **opt)  # fmt: skip
         return
     grid = (tiles, triton.cdiv(shape["R"], cfg.r1))
-    _launch(K.backward_dz, grid, grad, z, st, w_up, q, h, part, rows, scale, BK=cfg.block_k, HLD=h_width, **shape, **opt)
+    _launch(K.backward_dz, grid, grad, z, st, w_up, q, h, part, rows, scale,
+            BK=cfg.block_k, HLD=h_width, **shape, **opt)  # fmt: skip
     if dx is not None:
         shape = {k: v for k, v in shape.items() if k != "ACT"}
-        _launch(K.backward_dx, (tiles,), q, grad, x, st, w_down, norm_weight, dx, rows, BN=cfg.block_n, ADD_X=add_x, **shape, **opt)
+        _launch(K.backward_dx, (tiles,), q, grad, x, st, w_down, norm_weight, dx, rows,
+                BN=cfg.block_n, ADD_X=add_x, **shape, **opt)  # fmt: skip
 
 
 def _weight_gradients(grad, x, stats, q, h, sums, w_down, w_up, norm_weight, norm_bias, scale, qscale, needs):
-    """The six parameter gradients: two products over the rows (cuBLAS: bound by memory, and deterministic), one launch."""
+    """The six parameter gradients: two products over the rows (cuBLAS: deterministic, bound by memory), one launch."""
     r, d = w_down.shape
     gd = gu = None
     if needs & (DW_DOWN | DNORM_WEIGHT):
@@ -176,7 +183,8 @@ def _weight_gradients(grad, x, stats, q, h, sums, w_down, w_up, norm_weight, nor
     if any(t is not None for t in outputs):
         columns, bottleneck = adapter_config.WEIGHT_GRADS_TILE
         _launch(K.weight_grads, (triton.cdiv(d, columns),), gd, gu, sums, w_down, norm_weight, norm_bias, *outputs,
-                float(scale), D=d, R=r, HLD=(r // 16 + 1) * 16, BD=columns, BR=bottleneck, QSCALE=qscale, num_warps=4)  # fmt: skip
+                float(scale), D=d, R=r, HLD=(r // 16 + 1) * 16, BD=columns, BR=bottleneck, QSCALE=qscale,
+                num_warps=4)  # fmt: skip
     return dw_down, db_down, dw_up, db_up, dgamma, dbeta
 
 

@@ -1,14 +1,14 @@
 """Which tile a launch of the adapter kernels uses: a table, looked up by element type, bottleneck and row count.
 
-Every entry is compiled ahead of time for sm_80, sm_90 and sm_100 by tests/kernels/test_adapter_aot.py, which also checks
-shared memory and spills; so a new entry needs no GPU to be known to build. Speeds have not been measured yet: the order of
-the entries follows a traffic model (each program reads all adapter weights from L2, hence large tiles for many rows; few
+Every entry is compiled ahead of time for sm_80, sm_90 and sm_100 by tests/kernels/test_adapter_aot.py, which checks
+shared memory and spills too: that a new entry builds and fits needs no GPU to be known. Speeds have not been measured:
+the entries follow a traffic model (each program reads all adapter weights from L2, hence large tiles for many rows; few
 rows want many short programs).
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 
@@ -34,42 +34,40 @@ class Config(NamedTuple):
     fold: bool
 
 
-# Rows up to the limit use the entry; the last limit is None.
-_Tile = tuple  # (row limit, block_m, block_k, block_n, num_warps, num_stages)
-
-# (largest r, r1, r2, tiles); r beyond the last entry is split.
+# (largest r, r1, r2, tiles), r beyond the last entry is split; a tile is (row limit, block_m, block_k, block_n,
+# num_warps, num_stages, fold). Folding costs a small launch of its own: from 3000 rows on.
 HALF_FORWARD = (
-    (16, 16, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 4, 3))),
-    (32, 32, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 4, 3))),
-    (64, 64, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 4, 3))),
-    (128, 128, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 2), (None, 64, 64, 64, 8, 2))),
-    (192, 128, 64, ((3000, 16, 64, 64, 4, 2), (8000, 32, 64, 64, 4, 2), (None, 64, 64, 64, 8, 2))),
-    (256, 256, 0, ((3000, 16, 64, 64, 4, 2), (None, 64, 64, 64, 8, 2))),
-    (288, 256, 32, ((3000, 16, 64, 64, 8, 2), (None, 64, 64, 64, 8, 2))),
+    (16, 16, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, True), (None, 64, 64, 64, 4, 3, True))),
+    (32, 32, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, True), (None, 64, 64, 64, 4, 3, True))),
+    (64, 64, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 2, True), (None, 64, 64, 64, 4, 3, True))),
+    (128, 128, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 2, True), (None, 64, 64, 64, 8, 2, True))),
+    (192, 128, 64, ((3000, 16, 64, 64, 4, 2, False), (8000, 32, 64, 64, 4, 2, True), (None, 64, 64, 64, 8, 2, True))),
+    (256, 256, 0, ((3000, 16, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, True))),
+    (288, 256, 32, ((3000, 16, 64, 64, 8, 2, False), (None, 64, 64, 64, 8, 2, True))),
 )
-HALF_SPLIT = ((3000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 8, 3))
+HALF_SPLIT = ((3000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 8, 3, True))
 HALF_SPLIT_R = 128
 
+# r = 256 with 64 rows, and 288 with 32, spill registers in the backward.
 HALF_BACKWARD = (
-    (16, 16, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 4, 3))),
-    (32, 32, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 4, 3))),
-    (64, 64, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 3), (None, 64, 64, 64, 4, 3))),
-    (128, 128, 0, ((3000, 16, 64, 64, 4, 3), (8000, 32, 64, 64, 4, 2), (None, 64, 64, 64, 8, 2))),
-    (192, 128, 64, ((3000, 16, 64, 64, 4, 2), (8000, 32, 64, 64, 4, 2), (None, 64, 64, 64, 8, 2))),
-    (256, 256, 0, ((3000, 16, 64, 64, 4, 2), (None, 64, 64, 64, 8, 2))),
-    (288, 256, 32, ((3000, 16, 64, 64, 8, 2), (None, 64, 64, 64, 8, 2))),
+    (16, 16, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
+    (32, 32, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
+    (64, 64, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
+    (128, 128, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, False))),
+    (192, 128, 64, ((3000, 16, 64, 64, 4, 2, False), (8000, 32, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, False))),
+    (256, 256, 0, ((3000, 16, 64, 64, 4, 2, False), (None, 32, 64, 64, 8, 2, False))),
 )
 
 # fp32 runs on the FMA units (true fp32, no tf32): small tiles, because both operands of a dot sit in registers.
 FLOAT_FORWARD = (
-    (16, 16, 0, ((3000, 16, 32, 32, 4, 2), (None, 32, 32, 32, 4, 2))),
-    (32, 32, 0, ((3000, 16, 32, 32, 4, 2), (None, 32, 32, 32, 4, 2))),
-    (64, 64, 0, ((3000, 16, 32, 32, 4, 2), (None, 32, 32, 32, 4, 2))),
-    (128, 128, 0, ((3000, 16, 32, 32, 4, 2), (None, 32, 32, 32, 8, 2))),
-    (192, 128, 64, ((3000, 16, 32, 32, 4, 2), (None, 32, 32, 32, 8, 2))),
+    (16, 16, 0, ((3000, 16, 32, 32, 4, 2, False), (None, 32, 32, 32, 4, 2, False))),
+    (32, 32, 0, ((3000, 16, 32, 32, 4, 2, False), (None, 32, 32, 32, 4, 2, False))),
+    (64, 64, 0, ((3000, 16, 32, 32, 4, 2, False), (None, 32, 32, 32, 4, 2, False))),
+    (128, 128, 0, ((3000, 16, 32, 32, 4, 2, False), (None, 32, 32, 32, 8, 2, False))),
+    (192, 128, 64, ((3000, 16, 32, 32, 4, 2, False), (None, 32, 32, 32, 8, 2, False))),
 )
 FLOAT_BACKWARD = FLOAT_FORWARD
-FLOAT_SPLIT = ((None, 32, 32, 32, 4, 2),)
+FLOAT_SPLIT = ((None, 64, 32, 32, 8, 2, False),)
 FLOAT_SPLIT_R = 64
 
 FOLD_TILE = (4, 1024)  # rows x columns of w_down per program of fold_weights
@@ -97,12 +95,12 @@ def _tiles_for(kind: str, direction: str, r: int):
     return True, split_r, 0, split
 
 
-@lru_cache(maxsize=None)
+@cache
 def _build(kind: str, direction: str, d: int, r: int, index: int) -> Config:
     split, r1, r2, tiles = _tiles_for(kind, direction, r)
-    _, block_m, block_k, block_n, warps, stages = tiles[index]
+    _, block_m, block_k, block_n, warps, stages, fold = tiles[index]
     widest = power_of_two(d)
-    return Config(split, block_m, min(block_k, widest), min(block_n, widest), r1, r2, warps, stages, kind == "half")
+    return Config(split, block_m, min(block_k, widest), min(block_n, widest), r1, r2, warps, stages, fold)
 
 
 def select(kind: str, direction: str, d: int, r: int, rows: int) -> Config:

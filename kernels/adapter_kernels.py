@@ -60,8 +60,9 @@ def fold_weights(wd_ptr, bd_ptr, gamma_ptr, beta_ptr, wc_ptr, ws_ptr, c_ptr,
 
 
 @triton.jit(do_not_specialize=["M"])
-def forward_fused(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, wu_ptr, bu_ptr, res1_ptr, res2_ptr, y_ptr, z_ptr, st_ptr,
-                  M, eps, scale, D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
+def forward_fused(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, wu_ptr, bu_ptr, res1_ptr, res2_ptr,
+                  y_ptr, z_ptr, st_ptr, M, eps, scale,
+                  D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
                   BK: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, ADD_X: tl.constexpr,
                   NS: tl.constexpr):  # fmt: skip
     """Whole adapter for BM rows: down product, activation kept in registers, up product with bias and residuals."""
@@ -173,9 +174,9 @@ def product_w_down(p1, p2, wd_ptr, gamma_ptr, rd, R: tl.constexpr, R1: tl.conste
 
 @triton.jit(do_not_specialize=["M"])
 def backward_fused(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr, M, scale,
-                   D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
-                   BN: tl.constexpr, HLD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, QSCALE: tl.constexpr,
-                   ADD_X: tl.constexpr, NS: tl.constexpr):  # fmt: skip
+                   D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
+                   BK: tl.constexpr, BN: tl.constexpr, HLD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
+                   QSCALE: tl.constexpr, ADD_X: tl.constexpr, NS: tl.constexpr):  # fmt: skip
     """For BM rows: dz (stays in registers), what the weight gradients need of it, and dx through the LayerNorm.
 
     A norm needs two row means of its input's gradient before the first column of dx is known; that gradient is
@@ -221,8 +222,9 @@ def backward_fused(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_pt
 
 @triton.jit(do_not_specialize=["M"])
 def backward_dz(g_ptr, z_ptr, st_ptr, wu_ptr, q_ptr, h_ptr, part_ptr, M, scale,
-                D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, HLD: tl.constexpr,
-                ACT: tl.constexpr, NORM: tl.constexpr, QSCALE: tl.constexpr, NS: tl.constexpr):  # fmt: skip
+                D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+                HLD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, QSCALE: tl.constexpr,
+                NS: tl.constexpr):  # fmt: skip
     """backward_fused's first half for R1 columns of the bottleneck."""
     row0 = tl.program_id(0).to(tl.int64) * BM
     rm = tl.arange(0, BM)
@@ -288,8 +290,9 @@ def backward_dx(q_ptr, g_ptr, x_ptr, st_ptr, wd_ptr, gamma_ptr, dx_ptr, M,
 
 
 @triton.jit
-def weight_grads(gd_ptr, gu_ptr, sum_ptr, wd_ptr, gamma_ptr, beta_ptr, dwd_ptr, dbd_ptr, dwu_ptr, dbu_ptr, dgamma_ptr, dbeta_ptr,
-                 scale, D: tl.constexpr, R: tl.constexpr, HLD: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+def weight_grads(gd_ptr, gu_ptr, sum_ptr, wd_ptr, gamma_ptr, beta_ptr,
+                 dwd_ptr, dbd_ptr, dwu_ptr, dbu_ptr, dgamma_ptr, dbeta_ptr, scale,
+                 D: tl.constexpr, R: tl.constexpr, HLD: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
                  QSCALE: tl.constexpr):  # fmt: skip
     """All parameter gradients for BD columns of d, from two matrix products and the column sums of dz; no row is read.
 

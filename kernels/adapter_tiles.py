@@ -1,7 +1,7 @@
-"""Device functions shared by the adapter kernels: masked tile loads, LayerNorm statistics, activations, the three products.
+"""Device functions of the adapter kernels: masked tile loads, LayerNorm statistics, activations, the two long products.
 
-Names: x rows are D wide, the bottleneck is R wide and cut into tiles R1 + R2 (R2 = 0: one tile). A kernel works on BM rows at
-a time; pointers arrive already moved to the first of them (64-bit), so that offsets inside a tile fit 32 bits.
+Names: rows of x are D wide, the bottleneck is R wide and cut into tiles R1 + R2 (R2 = 0: one tile). A kernel works on
+BM rows at a time; pointers arrive moved to the first of them (64-bit), so that offsets inside a tile fit 32 bits.
 Masked lanes read 0. Arithmetic is fp32; operands of a dot have the storage type.
 """
 
@@ -121,7 +121,7 @@ def project_down(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, rm, mm, r0,
     """z = n(x) w_down^T + b_down for the bottleneck's columns r0 ... r0 + R1 + R2, rounded to the storage type.
 
     NORM 0: no norm. 1: statistics first, then x is read again and normalised before the dot (as torch rounds).
-    2: one pass; wd is gamma-scaled and centred, ws its row sums, bd = b_down + w_down beta: z = rstd (x wd^T - mean ws) + bd.
+    2: one pass, z = rstd (x wd^T - mean ws) + bd with wd, ws, bd from fold_weights.
     """
     EVEN: tl.constexpr = D % BK == 0
     R2P: tl.constexpr = R2 if R2 > 0 else 16
@@ -230,7 +230,7 @@ def store_ones(h_ptr, rm, mm, R: tl.constexpr, HLD: tl.constexpr):
 @triton.jit
 def store_dx(dx_ptr, g_ptr, x_ptr, gn, m1, m2, mean, rstd, rm, rd, mm, D: tl.constexpr, EVEN: tl.constexpr,
              NORM: tl.constexpr, QSCALE: tl.constexpr, ADD_X: tl.constexpr):  # fmt: skip
-    """One chunk of dx from gn, the gradient of the normalised x (of x without a norm); m1, m2: row means of gn, gn*xhat."""
+    """One chunk of dx from gn, the gradient of the normalised x (no norm: of x); m1, m2: means of gn, gn*xhat."""
     if NORM:
         xhat = (load_rows(x_ptr, rm, rd, mm, D, EVEN).to(tl.float32) - mean[:, None]) * rstd[:, None]
         gn = gn - m1[:, None] - xhat * m2[:, None]

@@ -1,8 +1,8 @@
 """Makes Triton's CPU interpreter right for bfloat16. Import it before the first launch (tests/conftest.py does).
 
-Triton 3.6 to 3.9 keep bf16 values as uint16 bit patterns, and their interpreter multiplies, adds and compares those bits as
-integers; its fp32 -> bf16 conversion truncates where a GPU rounds to nearest even. No error is raised either way. Here bf16
-goes through fp32 and back, as it does on a GPU. Reductions over bf16, which the compiler promotes, are refused: cast first.
+Triton 3.6 to 3.9 keep bf16 values as uint16 bit patterns, and their interpreter multiplies, adds and compares those
+bits as integers; its fp32 -> bf16 conversion truncates where a GPU rounds to nearest even. No error is raised.
+Here bf16 goes through fp32 and back, as on a GPU. Reductions over bf16, which the compiler promotes, are refused.
 """
 
 import numpy as np

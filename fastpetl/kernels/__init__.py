@@ -1,4 +1,4 @@
-"""Triton kernels. Their sources live in the repository's top-level `kernels/`; an installed wheel carries them in here."""
+"""Triton kernels. Sources live in the repository's top-level `kernels/`; an installed wheel carries them in here."""
 
 from pathlib import Path as _Path
 

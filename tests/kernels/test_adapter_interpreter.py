@@ -11,8 +11,9 @@ import torch.nn.functional as F
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need the triton package")
 
-from fastpetl.kernels import adapter, adapter_config  # noqa: E402
 from fastpetl.kernels.adapter_config import Config  # noqa: E402
+
+from fastpetl.kernels import adapter, adapter_config  # noqa: E402
 
 if adapter.INTERPRETED:
     import interp_patch  # noqa: F401  (bf16 in the interpreter)
@@ -36,6 +37,13 @@ def poisoned():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def few_programs(monkeypatch):
+    """The two small kernels, whose tiles suit a GPU, with tiles that suit the interpreter."""
+    monkeypatch.setattr(adapter_config, "FOLD_TILE", (32, 256))
+    monkeypatch.setattr(adapter_config, "WEIGHT_GRADS_TILE", (256, 128))
 
 
 def formula(t, res1, res2, add_x, eps, activation, scale):
@@ -97,7 +105,8 @@ def check(t, residuals=1, add_x=True, activation=3, scale=0.7, ln_eps=1e-5, conf
     torch_y, torch_says = autograd(t, grad, res1, res2, *settings, dtype=dtype)
     eps = 4 * torch.finfo(dtype).eps if dtype == torch.float32 else torch.finfo(dtype).eps / 4
     weights = [t[k] for k in NAMES[1:]]
-    y, z, stats = adapter.adapter_forward(t["x"], *weights, res1, res2, add_x, ln_eps, activation, scale, True, config=config)
+    rest = res1, res2, add_x, ln_eps, activation, scale, True
+    y, z, stats = adapter.adapter_forward(t["x"], *weights, *rest, config=config)
     close("y", y, exact_y, torch_y, eps)
     args = t["w_down"], t["w_up"], t["norm_weight"], t["norm_bias"], add_x, activation, scale
     got = adapter.adapter_backward(grad, t["x"], z, stats, *args, ALL, config=backward_config or config)
@@ -114,18 +123,18 @@ def tile(d, r, split=False, fold=True, r1=None, r2=0, block_m=64, block=256):
     return Config(split, block_m, block, block, r1 or adapter_config.power_of_two(r), r2, 4, 2, fold)
 
 
+@pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize(
     "rows,d,r,r1,r2",
     [(70, 768, 96, 64, 32), (70, 768, 192, 128, 64), (70, 760, 100, 128, 0), (5, 40, 12, 16, 0), (1, 768, 8, 16, 0)],
 )
 def test_one_launch(rows, d, r, r1, r2, dtype):
-    activation = 1 if dtype == torch.float32 else 3
-    check(
-        make(rows, d, r, dtype), activation=activation, config=tile(d, r, r1=r1, r2=r2, fold=dtype != torch.float32)
-    )
+    half = dtype != torch.float32
+    check(make(rows, d, r, dtype), activation=3 if half else 1, config=tile(d, r, r1=r1, r2=r2, fold=half))
 
 
+@pytest.mark.usefixtures("few_programs")
 def test_one_launch_fp16():
     check(make(70, 760, 96, torch.float16), config=tile(760, 96))
 
@@ -134,7 +143,8 @@ def test_one_launch_fp16():
 @pytest.mark.parametrize("norm,r", [(True, 192), (False, 100)])
 def test_split_at_the_bottleneck(norm, r, dtype):
     """A bottleneck that fits no tile: two launches each way, several column tiles, the last one partly empty."""
-    check(make(70, 200, r, dtype, norm=norm), residuals=2, activation=4, config=tile(200, r, split=True, r1=64, fold=norm))
+    config = tile(200, r, split=True, r1=64, fold=dtype != torch.float32)
+    check(make(70, 200, r, dtype, norm=norm), residuals=2, activation=4, config=config)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -153,7 +163,7 @@ def test_activations_and_optional_parts(activation, norm, bias):
     for dtype in (torch.float32, torch.bfloat16):
         t = make(40, 72, 20, dtype, norm, bias)
         if activation == 1 and dtype == torch.bfloat16:
-            # relu's gradient jumps at 0, and which z rounding throws to the other side is chance: keep z away from there
+            # relu's gradient jumps at 0, and which z rounding throws to the other side is chance: keep z away from 0
             t["b_down"] = (16.0 * (torch.arange(20, device=DEVICE) % 2) - 8).to(dtype)
         for fold in (True, False) if norm else (True,):
             check(t, residuals, add_x, activation, scale=-1.3, config=tile(72, 20, fold=fold))
@@ -215,7 +225,8 @@ def test_statistics_and_pre_activation():
     mean, var = x.mean(1), x.var(1, unbiased=False)
     torch.testing.assert_close(stats.double(), torch.stack([mean, (var + 1e-5).rsqrt()], 1), rtol=1e-5, atol=1e-6)
     n = F.layer_norm(x, (40,), t["norm_weight"].double(), t["norm_bias"].double(), 1e-5)
-    torch.testing.assert_close(z.double(), F.linear(n, t["w_down"].double(), t["b_down"].double()), rtol=1e-5, atol=1e-5)
+    expected = F.linear(n, t["w_down"].double(), t["b_down"].double())
+    torch.testing.assert_close(z.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_outside_the_rows_is_touched():
@@ -249,10 +260,11 @@ def test_bad_arguments():
         u = {**t, **changes}
         adapter.adapter_forward(*[u[k] for k in NAMES], u.get("res1"), None, True, 1e-5, 1, 1.0, True)
 
+    one = torch.ones((), device=DEVICE)
     for message, changes in {
         r"adapter_forward: w_up has shape \(40, 11\), expected \(40, 12\)": dict(w_up=t["w_up"][:, :11].contiguous()),
-        r"adapter_forward: w_up has strides \(1, 40\), expected a contiguous": dict(w_up=t["w_up"].t().contiguous().t()),
-        r"adapter_forward: res1 has strides \(0, 0\), expected a contiguous": dict(res1=torch.ones((), device=DEVICE).expand(20, 40)),
+        r"adapter_forward: w_up has strides \(1, 40\), expected a contig": dict(w_up=one.expand(12, 40).clone().t()),
+        r"adapter_forward: res1 has strides \(0, 0\), expected a contiguous": dict(res1=one.expand(20, 40)),
         r"adapter_forward: b_down has dtype torch.float64, expected torch.float32": dict(b_down=t["b_down"].double()),
         r"adapter_forward: x has dtype torch.float64": dict(x=t["x"].double()),
         r"adapter_forward: x has shape \(2, 10, 40\), expected two dimensions": dict(x=t["x"].view(2, 10, 40)),
@@ -260,9 +272,12 @@ def test_bad_arguments():
     }.items():
         with pytest.raises(ValueError, match=message):
             forward(**changes)
+    z = torch.ones(20, 12, device=DEVICE)
+    args = z[:, 0].contiguous(), t["w_down"], t["w_up"], t["norm_weight"], None, True, 1, 1.0, 1
     with pytest.raises(ValueError, match=r"adapter_backward: stats has shape \(20,\)"):
-        z = torch.ones(20, 12, device=DEVICE)
-        adapter.adapter_backward(t["x"], t["x"], z, z[:, 0].contiguous(), t["w_down"], t["w_up"], t["norm_weight"], None, True, 1, 1.0, 1)
+        adapter.adapter_backward(t["x"], t["x"], z, *args)
+    with pytest.raises(ValueError, match=r"adapter_backward: grad has strides \(0, 0\), expected a contiguous"):
+        adapter.adapter_backward(one.expand(20, 40), t["x"], z, *args)
 
 
 def test_verify_says_why_not():

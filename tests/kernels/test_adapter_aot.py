@@ -1,0 +1,65 @@
+"""Every Triton adapter kernel compiles for GPUs that are not here, fits them, and uses their tensor cores.
+
+The compiler itself does not compare shared memory with a limit when no device is present; a launch would fail.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton kernels need the triton package")
+
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes one block can have
+TENSOR_CORE = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTCHMMA")}
+PRODUCTS = ("forward_fused", "forward_down", "forward_up", "backward_fused", "backward_dz", "backward_dx")
+# (arch, dtype, kernel, r): why a stack or local memory is acceptable there.
+SPILLS_ALLOWED: dict[tuple, str] = {}
+
+
+def compile_all(*arguments):
+    """One subprocess: Triton interprets or compiles for the life of a process, and this one interprets."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("aot_compile.py")
+    run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+
+
+def complaints(report):
+    for k in report:
+        where = {key: v for key, v in k.items() if key not in ("instructions", "seconds")}
+        allowed = SPILLS_ALLOWED.get((k["arch"], k["dtype"], k["kernel"], k["r"]))
+        if k["shared"] > SHARED_LIMIT[k["arch"]]:
+            yield f"too much shared memory: {where}"
+        spilled = k["stack"] or k["local"] or k["instructions"].get("LDL") or k["instructions"].get("STL")
+        if spilled and not allowed:
+            yield f"spills registers: {where}"
+        if k["dtype"] != "fp32" and k["kernel"] in PRODUCTS:
+            if not any(k["instructions"].get(name) for name in TENSOR_CORE[k["arch"]]):
+                yield f"no tensor-core instruction: {where} {k['instructions']}"
+
+
+def check(report, kernels):
+    assert {k["kernel"] for k in report} >= set(kernels), "a kernel was not compiled at all"
+    assert {k["arch"] for k in report} == set(SHARED_LIMIT)
+    found = list(complaints(report))
+    assert not found, "\n".join(found)
+
+
+def test_das_configurations_compile_for_each_architecture():
+    report = compile_all()
+    check(report, ("fold_weights", "forward_fused", "backward_fused", "weight_grads"))
+    # Hopper's and Blackwell's own matrix instructions appear from 64 rows on, which is what many rows get.
+    for arch, name in ((90, "HGMMA"), (100, "UTCHMMA")):
+        large = [k for k in report if k["arch"] == arch and k["rows"] == 10**6 and k["dtype"] != "fp32"]
+        for k in large:
+            assert k["kernel"] not in PRODUCTS or k["instructions"].get(name), k
+
+
+@pytest.mark.slow
+def test_every_configuration_compiles_for_each_architecture():
+    check(compile_all("--full"), (*PRODUCTS, "fold_weights", "weight_grads"))
