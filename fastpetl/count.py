@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of a model as it stands, adapters and skip plan included. Can be called itself."""
+"""Parameters and multiply-accumulates of a model as it stands, adapters and skip plan included; can be called."""
 
 from __future__ import annotations
 

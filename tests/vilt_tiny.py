@@ -93,7 +93,7 @@ def assert_same_training(patched, plain, tolerance=1e-4, **kwargs):
     want, want_grads = gradients(plain, **kwargs)
     assert relative(got, want) <= tolerance
     assert got_grads.keys() == want_grads.keys()
-    # k's bias moves every score of a query alike, so its gradient is rounding noise around 0: judged by the largest one.
+    # A key's bias moves all scores of a query alike: its gradient is noise around 0, judged by the largest one.
     scale = max(g.norm().item() for g in want_grads.values())
     for name, grad in got_grads.items():
         error = (grad - want_grads[name]).norm().item()
@@ -105,3 +105,11 @@ def pair(**kwargs):
     """(patched, plain), equal otherwise."""
     plain = tiny_das(**kwargs)
     return fastpetl.patch(copy.deepcopy(plain)), plain
+
+
+def everything(model):
+    """All that identifies a model: classes, instance dictionaries, parameter objects, state_dict keys."""
+    return {
+        name: (type(module), sorted(module.__dict__), [id(p) for p in module.parameters(recurse=False)])
+        for name, module in model.named_modules()
+    }

@@ -18,10 +18,14 @@ _KEY = "_fastpetl_attached"
 
 @dataclass(frozen=True)
 class Attached:
-    """What `attach` did: the configuration with every size a number, and requires_grad of each parameter before."""
+    """What `attach` did: the configuration with every size a number, and how things were before.
+
+    requires_grad: of each parameter. patched: the modules that were patched already, None if `attach` did not patch.
+    """
 
     config: DASConfig
     requires_grad: dict[str, bool]
+    patched: frozenset[str] | None
 
 
 def attached(model: nn.Module) -> Attached | None:
@@ -53,7 +57,7 @@ def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
         family.attach_das(host, config)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(config.trainable(name))
-        model.__dict__[_KEY] = Attached(config, flags)
+        model.__dict__[_KEY] = Attached(config, flags, frozenset(names) if patch else None)
         if patch:
             _patch(model, backend=backend)
         else:
@@ -70,7 +74,8 @@ def detach(model: nn.Module) -> nn.Module:
     `model`.
 
     Frozen weights are bit-equal to those before `attach`; what was trained besides adapters (head, pooler, token
-    types) keeps what it learnt. A skip plan through shortcut adapters goes with them. A patched model stays patched.
+    types) keeps what it learnt. A skip plan through shortcut adapters goes with them. Modules patched before
+    `attach`, or later by hand, stay so.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"detach: model is {type(model).__name__}, expected a torch.nn.Module")
@@ -79,6 +84,8 @@ def detach(model: nn.Module) -> nn.Module:
         raise ValueError("detach: model has nothing attached, expected the object that fastpetl.attach returned")
     family, host = registry.family_of(model, "detach")
     names, backend = _patched(model)
+    if state.patched is not None:
+        names &= state.patched
     _remove(model, family, host, state.requires_grad)
     _patch_again(model, names, backend)
     return model

@@ -89,7 +89,10 @@ def report(model: nn.Module) -> Report:
         patched = _key(type(module)) == rule.replacement
         status = "patched" if patched else "declined"
         fallback = getattr(module, "_fastpetl_fallback", None) if patched else None
-        notes = [reason or ("" if patched else "not patched"), f"last original forward: {fallback}" if fallback else ""]
+        notes = [
+            reason or ("" if patched else _NOT_PATCHED),
+            f"last original forward: {fallback}" if fallback not in (None, reason) else "",
+        ]
         if patched and reason is None:
             notes.insert(0, rule.note(module))
         backend = ""

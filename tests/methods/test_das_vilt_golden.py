@@ -1,4 +1,4 @@
-"""The attached Hugging Face ViLT computes what the paper's own code computed: logits and every gradient of three skip sets."""
+"""The attached Hugging Face ViLT computes what the paper's own code did: logits and gradients of three skip sets."""
 
 import json
 from pathlib import Path

@@ -1,12 +1,12 @@
-"""A patched ViLT gives the numbers of the unpatched one: inference, training, both kinds of checkpointing, autocast, bf16."""
+"""A patched ViLT gives the numbers of the unpatched one: inference, training, checkpointing, autocast, other dtypes."""
 
 import copy
 
 import pytest
 import torch
-from vilt_tiny import assert_same_training, gradients, pair, relative, run, tiny_das, tiny_vilt
 
 import fastpetl
+from vilt_tiny import assert_same_training, gradients, pair, relative, run, tiny_das, tiny_vilt
 
 
 @pytest.mark.parametrize("padded", [False, True])
