@@ -14,7 +14,7 @@ def extension() -> tuple[ModuleType | None, str]:
     tried once per process and queries no device.
     """
     if importlib.util.find_spec("fastpetl._C") is None:
-        return None, "fastpetl._C is not built: install fastpetl where there is a C++ compiler (in a checkout: make build)"
+        return None, "fastpetl._C is not built: install where there is a C++ compiler (in a checkout: make build)"
     import torch  # libtorch must be in the process before the module that links to it
 
     try:
