@@ -1,7 +1,7 @@
 """The script that made assets/backbone.safetensors: a small ViLT taught on easy-VQA's yes/no training questions.
 
     python -m fastpetl.demo.make_assets
-    python -m fastpetl.demo.pretrain --work pretrain-run --minutes 45 --threads 1 --bf16
+    python -m fastpetl.demo.pretrain --work pretrain-run --bf16
 
 The objective is ViLT's masked language modelling in small.  A yes/no question and its answer say what the image shows
 ("is there a circle?" yes, "is no red shape present?" no); the colour or shape in such a question is masked, and the
@@ -127,9 +127,37 @@ def export(model, path: Path) -> None:
     save_file(tensors, str(path), metadata={"format": "pt", "made_by": "fastpetl.demo.pretrain"})
 
 
-def schedule(elapsed: float, step: int, warmup: int = 300) -> float:
-    """Learning-rate factor: linear warm-up by steps, then cosine to zero by the share ``elapsed`` of the time given."""
-    return min(1.0, (step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * min(1.0, elapsed)))
+def schedule(step: int, steps: int, warm_up: int = 300) -> float:
+    """Learning-rate factor: linear warm-up, cosine to zero."""
+    return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def optimizer_for(teacher: Teacher, lr: float) -> torch.optim.Optimizer:
+    """AdamW, weight decay on matrices only."""
+    decay = [p for p in teacher.parameters() if p.ndim > 1]
+    other = [p for p in teacher.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98))
+
+
+def save_state(file: Path, step: int, source: Pretext, teacher: Teacher, optimizer) -> None:
+    """Write all that a resumed run needs; the old file is whole until the new one is."""
+    random = [source.rng.get_state(), torch.get_rng_state()]
+    state = {"step": step, "random": random, "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()}
+    torch.save(state, file.with_suffix(".tmp"))
+    file.with_suffix(".tmp").replace(file)
+
+
+def resume(file: Path, source: Pretext, teacher: Teacher, optimizer) -> int:
+    """The step to go on from: 0 without a checkpoint."""
+    if not file.exists():
+        return 0
+    state = torch.load(file, weights_only=True)
+    source.rng.set_state(state["random"][0])
+    torch.set_rng_state(state["random"][1])
+    teacher.load_state_dict(state["teacher"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"]
 
 
 def train(args) -> None:
@@ -137,36 +165,25 @@ def train(args) -> None:
     work = Path(args.work)
     work.mkdir(parents=True, exist_ok=True)
     source, teacher = Pretext(args.seed), Teacher(args.init_std)
-    decay = [p for p in teacher.parameters() if p.ndim > 1]
-    other = [p for p in teacher.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": 0.05}, {"params": other, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
-    step, spent, state = 0, 0.0, work / "state.pt"
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        teacher.load_state_dict(saved["teacher"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step, spent = saved["step"], saved["spent"]
-    start, running = time.monotonic() - spent, None
-    while (spent := time.monotonic() - start) < args.minutes * 60:
+    optimizer = optimizer_for(teacher, args.lr)
+    first, recent = resume(work / "state.pt", source, teacher, optimizer), []
+    for step in range(first, args.steps):
         for group in optimizer.param_groups:
-            group["lr"] = args.lr * schedule(spent / (args.minutes * 60), step)
+            group["lr"] = args.lr * schedule(step, args.steps)
         with torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
             losses = torch.stack(teacher.losses(source.batch(args.batch))).float()
         optimizer.zero_grad()
         losses.sum().backward()
         torch.nn.utils.clip_grad_norm_(teacher.parameters(), 1.0)
         optimizer.step()
-        step += 1
-        running = losses.detach() if running is None else running.lerp(losses.detach(), 0.02)
-        if step % args.every == 0:
-            line = {"step": step, "minutes": round(spent / 60, 2), "word": round(running[0].item(), 4)}
-            line |= {"pooled": round(running[1].item(), 4), "held_out": held_out_accuracy(teacher.model, source)}
+        recent.append(losses.detach())
+        if (step + 1) % args.every == 0:
+            word, pooled = torch.stack(recent).mean(0).tolist()
+            line = {"step": step + 1, "seconds": round(time.monotonic() - args.start), "word": round(word, 4)}
+            line |= {"pooled": round(pooled, 4), "held_out": held_out_accuracy(teacher.model, source)}
             print(json.dumps(line), flush=True)
-            saved = {"teacher": teacher.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
-            torch.save(saved, work / "state.tmp")
-            (work / "state.tmp").replace(state)
-            export(teacher.model, work / "backbone.safetensors")
+            recent.clear()
+            save_state(work / "state.pt", step + 1, source, teacher, optimizer)
     export(teacher.model, Path(args.out))
 
 
@@ -174,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fastpetl.demo.pretrain", description=__doc__.splitlines()[0])
     parser.add_argument("--work", default="pretrain-run", help="folder for checkpoints")
     parser.add_argument("--out", default=str(data.ASSETS / "backbone.safetensors"))
-    parser.add_argument("--minutes", type=float, default=45)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--init-std", type=float, default=0.04)
@@ -183,6 +200,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.start = time.monotonic()
     torch.set_num_threads(args.threads)
     train(args)
 
