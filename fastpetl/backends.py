@@ -36,14 +36,15 @@ __all__ = [
 BACKENDS = {
     "adapter": ("cpp", "triton", "reference"),
     "linear": ("cpp", "onednn", "torch", "reference"),
-    "attention": ("cpp", "reference"),
+    "attention": ("cpp", "torch", "reference"),
 }
 _AUTO = {
     ("adapter", "cpu"): ("cpp", "reference"),
     ("adapter", "cuda"): ("triton", "reference"),
     ("linear", "cpu"): ("cpp", "onednn", "torch"),
-    ("attention", "cpu"): ("cpp", "reference"),
+    ("attention", "cpu"): ("cpp", "reference", "torch"),
 }
+_ELSEWHERE = {"adapter": "reference", "linear": "torch", "attention": "torch"}  # devices without kernels of ours
 _NAMES = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 128  # csrc/cpu's attention keeps one head's row in registers
@@ -151,7 +152,7 @@ def for_op(op: str, backend: str) -> str:
 @functools.lru_cache(maxsize=256)
 def candidates(op: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> tuple[str, ...]:
     """Semantics: the backends "auto" may use for `op` here, in their fixed order; never empty."""
-    names = _AUTO.get((op, device), ("torch",) if op == "linear" else ("reference",))
+    names = _AUTO.get((op, device), (_ELSEWHERE[op],))
     return tuple(name for name in names if verify(op, name, device, dtype, head_dim)[0])
 
 
@@ -210,7 +211,7 @@ def _resolve(op, backend, forced, device, dtype, head_dim, _interpret) -> Choice
             break
         refused.append(f"{name}: {reason}")
     else:
-        name = "torch" if op == "linear" else "reference"
+        name = _ELSEWHERE[op]
         reason = f"no fused kernel for {device} tensors" if not refused else "plain torch"
     return Choice(name, note + "auto: " + ("; ".join(["fell back", *refused]) if refused else reason))
 

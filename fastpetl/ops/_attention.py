@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
+from .. import backends
 from ._common import wide
 
 
@@ -29,6 +31,38 @@ def run_backward(name, grad, qkv, key_mask, out, lse, heads, scale):
     return reference_backward(grad, qkv, key_mask, out, lse, heads, scale)
 
 
+def choose(backend, qkv, key_mask, heads, head_dim, grad, one) -> str:
+    """Semantics: the backend of an eager call; on "auto" the fastest of those that serve, measured once per shape class.
+
+    `one(name, qkv)` is the call. Where a gradient is wanted, forward and backward are measured together: what a backend
+    keeps in forward decides what its backward costs.
+    """
+    name = backends.resolve("attention", backend, qkv, head_dim).name
+    names = backends.serving("attention", backend, qkv.device.type, qkv.dtype, head_dim)
+    b, t, _ = qkv.shape
+    if len(names) == 1 or b * t == 0 or torch._C._are_functorch_transforms_active():
+        return name
+
+    def run(name):
+        if not grad:
+            return one(name, qkv)
+        with torch.enable_grad():
+            leaf = qkv.detach().requires_grad_()
+            y = one(name, leaf)
+            return torch.autograd.grad(y, leaf, y.detach())[0]
+
+    size = (1 << (b - 1).bit_length(), 1 << (t - 1).bit_length(), heads, head_dim)
+    key = (
+        "attention+backward" if grad else "attention",
+        size,
+        qkv.dtype,
+        key_mask is not None,
+        torch.get_num_threads(),
+    )
+    tolerance = 1e-5 if qkv.dtype == torch.float32 else 2e-2  # softmax magnifies the rounding of its scores
+    return backends.pick(key, {n: lambda n=n: run(n) for n in names}, "reference", tolerance)
+
+
 def heads_of(qkv, heads, parts=3):
     """q, k, v, each [B, H, T, D]."""
     b, t, c = qkv.shape
@@ -38,6 +72,14 @@ def heads_of(qkv, heads, parts=3):
 def scores(q, k, key_mask, scale):
     s = torch.matmul(q, k.transpose(-1, -2)).to(wide(q)) * scale
     return s if key_mask is None else s + key_mask[:, None, None, :].to(s.dtype)
+
+
+def sdpa(qkv, key_mask, heads, scale):
+    """torch's own scaled_dot_product_attention."""
+    q, k, v = heads_of(qkv.contiguous(), heads)
+    if key_mask is not None:
+        key_mask = key_mask[:, None, None, :].clamp(min=torch.finfo(q.dtype).min).to(q.dtype)  # no -inf by rounding
+    return merge(F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, scale=scale))
 
 
 def merge(o):

@@ -85,8 +85,8 @@ def _adapter_gradient(ctx, grad, *_):
 
 _register(
     "adapter(Tensor x, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? norm_weight, "
-    "Tensor? norm_bias, Tensor? res1, Tensor? res2, bool add_x, float eps, int activation, float scale, bool save, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "Tensor? norm_bias, Tensor? res1, Tensor? res2, bool add_x, float eps, int activation, float scale, "
+    "bool save, str backend) -> (Tensor, Tensor, Tensor)",
     _adapter_forward,
     _adapter_forward_fake,
 )

@@ -40,7 +40,7 @@ def adapter(
     residuals=(),
     backend="auto",
 ):
-    """Semantics: y = scale * (act(n(x) w_down^T + b_down) w_up^T + b_up) + sum(residuals). n: LayerNorm iff norm_weight.
+    """Semantics: y = scale * (act(n(x) w_down^T + b_down) w_up^T + b_up) + sum(residuals); n: LayerNorm or nothing.
 
     Shapes: x and every residual [..., d]; w_down [r, d]; w_up [d, r]; b_down [r], b_up, norm_weight and norm_bias [d],
     each may be None.
@@ -206,7 +206,7 @@ def adapter_reference(
     scale=1.0,
     residuals=(),
 ):
-    """Semantics: y = scale * (act(n(x) w_down^T + b_down) w_up^T + b_up) + sum(residuals). n: LayerNorm iff norm_weight.
+    """Semantics: y = scale * (act(n(x) w_down^T + b_down) w_up^T + b_up) + sum(residuals); n: LayerNorm or nothing.
 
     Plain torch, the contract of `adapter`: same arguments and shapes, any floating dtype including float64.
     Rounds to x's dtype after the norm, after each projection, after the activation, after the scale and after each

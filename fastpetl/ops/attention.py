@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ._attention import heads_of, merge, run_backward, run_forward, scores
+from ._attention import choose, heads_of, merge, run_backward, run_forward, scores, sdpa
 from ._common import autocast_dtype, cast, check_input, first_order, needs_grad, number, through_dispatcher
 
 __all__ = ["attention", "attention_reference"]
@@ -16,6 +16,8 @@ def attention(qkv, heads, *, key_mask=None, scale=None, backend="auto"):
 
     Shapes: qkv [B, T, 3 * heads * D] as q | k | v, each [heads, D]; out [B, T, heads * D]. key_mask: None or [B, T],
     additive (0 keeps, a large negative number drops a key), a constant. scale: D ** -0.5 unless given.
+    backend: "auto" measures the serving backends once per process and shape class, in eager code
+    (`fastpetl.backends.tuned()`; FASTPETL_TUNE=0 turns it off). "torch" is torch's scaled_dot_product_attention.
     Dtypes: out has qkv's; key_mask is read as fp32. Under torch.autocast qkv is cast to its dtype. The fused backend
     keeps scores, softmax and sums in fp32; see `attention_reference` for where plain torch rounds. Gradients: dqkv,
     deterministic; not differentiable twice except with backend="reference".
@@ -24,24 +26,35 @@ def attention(qkv, heads, *, key_mask=None, scale=None, backend="auto"):
     qkv = qkv if dtype is None else cast(qkv, dtype)
     head_dim = _check(qkv, heads, key_mask)
     scale = head_dim**-0.5 if scale is None else number("attention", "scale", scale)
-    compiled = through_dispatcher(qkv)
-    if compiled:
+    if needs_grad(key_mask):
+        if backend not in ("auto", "reference"):
+            raise ValueError(
+                f"attention: key_mask requires grad, expected a constant: backend {backend!r} does not train it"
+            )
+        return _formula(qkv, heads, key_mask, scale)
+    key_mask = None if key_mask is None else key_mask.detach()
+    grad = needs_grad(qkv)
+    if through_dispatcher(qkv):
         name = backends.resolve_constant("attention", backend, qkv.device.type, qkv.dtype, head_dim).name
+        if name not in ("reference", "torch"):
+            return torch.ops.fastpetl.attention(qkv, _mask(key_mask), heads, scale, grad, name)[0]
     else:
-        name = backends.resolve("attention", backend, qkv, head_dim).name
+
+        def one(name, qkv):
+            return _eager(name, qkv, key_mask, heads, scale, grad)
+
+        name = choose(backend, qkv, key_mask, heads, head_dim, grad, one)
+    return _eager(name, qkv, key_mask, heads, scale, grad)
+
+
+def _eager(name, qkv, key_mask, heads, scale, grad):
     if name == "reference":
         return _formula(qkv, heads, key_mask, scale)
-    if needs_grad(key_mask):
-        raise ValueError(
-            "attention: key_mask requires grad, expected a constant (backend='reference' differentiates it)"
-        )
-    key_mask = _mask(key_mask)
-    grad = needs_grad(qkv)
-    if compiled:
-        return torch.ops.fastpetl.attention(qkv, key_mask, heads, scale, grad, name)[0]
+    if name == "torch":
+        return sdpa(qkv, key_mask, heads, scale)
     if grad:
-        return _Attention.apply(qkv, key_mask, heads, scale, name)
-    return run_forward(name, qkv, key_mask, heads, scale, False)[0]
+        return _Attention.apply(qkv, _mask(key_mask), heads, scale, name)
+    return run_forward(name, qkv, _mask(key_mask), heads, scale, False)[0]
 
 
 def _check(qkv, heads, key_mask) -> int:
@@ -70,7 +83,7 @@ def _check(qkv, heads, key_mask) -> int:
 
 
 def _mask(key_mask):
-    return None if key_mask is None else key_mask.detach().float().contiguous()
+    return None if key_mask is None else key_mask.float().contiguous()
 
 
 class _Attention(torch.autograd.Function):

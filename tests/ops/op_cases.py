@@ -18,7 +18,7 @@ def _cpu_isas():
 
 ADAPTER_BACKENDS = ["reference", *_cpu_isas(), "triton"]
 LINEAR_BACKENDS = ["reference", "torch", "onednn", *_cpu_isas()]
-ATTENTION_BACKENDS = ["reference", *_cpu_isas()]
+ATTENTION_BACKENDS = ["reference", "torch", *_cpu_isas()]
 
 
 @contextlib.contextmanager

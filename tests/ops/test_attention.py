@@ -123,3 +123,30 @@ def test_double_backward_is_refused():
         (g,) = torch.autograd.grad(ops.attention(qkv, 2, backend=name).sum(), qkv, create_graph=True)
         with pytest.raises(RuntimeError, match="attention: .* cannot be differentiated twice"):
             g.sum().backward()
+
+
+def test_auto_measures_forward_and_training_apart(monkeypatch):
+    backends.forget()
+    qkv, mask = arguments(2, 33, 4, 8, True)
+    want = ops.attention_reference(qkv, 4, key_mask=mask)
+    for _ in range(2):
+        torch.testing.assert_close(ops.attention(qkv, 4, key_mask=mask), want)
+        with torch.no_grad():
+            torch.testing.assert_close(ops.attention(qkv, 4, key_mask=mask), want)
+    assert sorted(key[0] for key in backends.tuned()) == ["attention", "attention+backward"]
+    for found in backends.tuned().values():
+        assert found.name in found.milliseconds and "reference" in found.milliseconds and not found.rejected
+    monkeypatch.setenv("FASTPETL_TUNE", "0")
+    backends.forget()
+    torch.testing.assert_close(ops.attention(qkv, 4, key_mask=mask), want)
+    assert not backends.tuned()
+
+
+def test_mask_that_wants_a_gradient():
+    qkv, _ = arguments(2, 9, 4, 8, False)
+    mask = torch.randn(2, 9, requires_grad=True)
+    y = ops.attention(qkv, 4, key_mask=mask)
+    (g,) = torch.autograd.grad(y.square().sum(), mask)
+    assert g.abs().sum() > 0
+    with pytest.raises(ValueError, match="attention: key_mask requires grad, expected a constant: backend 'torch'"):
+        ops.attention(qkv, 4, key_mask=mask, backend="torch")

@@ -55,7 +55,7 @@ def test_auto_falls_back_and_remembers_why():
     a = adapter_arguments(3, 40, 8, torch.float64)
     torch.testing.assert_close(call_adapter(ops.adapter, a), call_adapter(ops.adapter_reference, a))
     assert backends.resolve_for("linear", "auto", "mps", torch.float32).name == "torch"
-    assert backends.resolve_for("attention", "auto", "cuda", torch.float32).name == "reference"
+    assert backends.resolve_for("attention", "auto", "cuda", torch.float32).name == "torch"
 
 
 def test_environment_overrides_auto_only(monkeypatch):
