@@ -32,7 +32,7 @@ def run_backward(name, grad, qkv, key_mask, out, lse, heads, scale):
 
 
 def choose(backend, qkv, key_mask, heads, head_dim, grad, one) -> str:
-    """Semantics: the backend of an eager call; on "auto" the fastest of those that serve, measured once per shape class.
+    """Semantics: the backend of an eager call; on "auto" the fastest that serves, measured once per shape class.
 
     `one(name, qkv)` is the call. Where a gradient is wanted, forward and backward are measured together: what a backend
     keeps in forward decides what its backward costs.

@@ -101,6 +101,20 @@ def test_deterministic(label):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("label", ATTENTION_BACKENDS)
+def test_all_keys_masked_is_finite(label, dtype):
+    """A sample whose keys are all at the lowest fp32 number (Hugging Face's mask) averages its values, in bf16 too."""
+    qkv, _ = arguments(2, 9, 2, 8, False, dtype)
+    mask = torch.zeros(2, 9)
+    mask[1] = torch.finfo(torch.float32).min
+    with using("attention", label, dtype) as name:
+        y = ops.attention(qkv, 2, key_mask=mask, backend=name)
+        (g,) = torch.autograd.grad(y.float().square().sum(), qkv)
+    assert torch.isfinite(y).all() and torch.isfinite(g).all()
+    torch.testing.assert_close(y[1], qkv[1, :, 32:].mean(0).expand(9, 16), rtol=2e-2, atol=2e-2)
+
+
 def test_autocast():
     qkv, mask = arguments(2, 33, 4, 64, True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
