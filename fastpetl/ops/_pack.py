@@ -12,34 +12,34 @@ class PackCache:
 
     Owned by the module whose weights it packs; not part of a state_dict, empty again after copy, deepcopy and pickle. A
     weight counts as changed when its storage, shape, dtype or version counter does, or a sample of its values: writes
-    through `.data` (EMA swaps) leave the version counter as it is. Holds one pack per kind.
+    through `.data` (EMA swaps) leave the version counter as it is. Holds one pack: another kind takes its place.
     """
 
     def __init__(self):
-        self._packs = {}
+        self._held = None
 
     def get(self, kind, weights, make):
         try:
-            key = tuple((w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights)
+            key = (kind, *((w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights))
         except RuntimeError:  # tensors made in inference mode have no version counter: nothing says when they change
             return make()
         sample = torch.cat([_sample(w) for w in weights])
-        held = self._packs.get(kind)
-        if held is None or held[0] != key or not torch.equal(held[1], sample):
-            held = self._packs[kind] = (key, sample, make())
-        return held[2]
+        if self._held is None or self._held[0] != key or not torch.equal(self._held[1], sample):
+            self._held = None  # free the old one first
+            self._held = (key, sample, make())
+        return self._held[2]
 
     def clear(self) -> None:
-        """Semantics: free every pack."""
-        self._packs.clear()
+        """Semantics: free the pack."""
+        self._held = None
 
     def __len__(self) -> int:
-        return len(self._packs)
+        return 0 if self._held is None else 1
 
     @property
     def nbytes(self) -> int:
-        """Bytes the packs hold, as far as their tensors say."""
-        return sum(pack.numel() * pack.element_size() for _, _, pack in self._packs.values())
+        """Bytes the pack holds, as far as its tensor says."""
+        return 0 if self._held is None else self._held[2].numel() * self._held[2].element_size()
 
     def __copy__(self):
         return PackCache()

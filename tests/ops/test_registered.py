@@ -6,6 +6,7 @@ from torch._dynamo.utils import counters
 from torch.library import opcheck
 
 from fastpetl import ops
+from fastpetl._build import extension
 from fastpetl.spec import ACTIVATIONS
 from ops.op_cases import (
     ADAPTER_BACKENDS,
@@ -138,3 +139,14 @@ def test_fake_tensors_go_through_the_registered_op():
         assert y.shape == (2, 3, 40)
         assert ops.linear(a["x"], a["w_down"].detach()).shape == (6, 8)
         assert ops.attention(torch.empty(2, 7, 96), 4).shape == (2, 7, 32)
+
+
+def test_export_keeps_the_ops_and_dynamic_sizes():
+    model = Block(("auto", "auto", "auto"))
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens")}
+    program = torch.export.export(model, (torch.randn(2, 7, 40), torch.zeros(2, 7)), dynamic_shapes=(sizes, sizes))
+    if extension()[0] is not None:
+        targets = {str(node.target) for node in program.graph.nodes}
+        assert {f"fastpetl.{op}.default" for op in ("adapter", "linear", "attention")} <= targets
+    x, mask = torch.randn(3, 9, 40), torch.zeros(3, 9)
+    torch.testing.assert_close(program.module()(x, mask), model(x, mask))
