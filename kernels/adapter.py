@@ -30,9 +30,12 @@ def verify(
     dtype = x.dtype if dtype is None else dtype
     if dtype not in _KIND:
         return False, f"the Triton adapter takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
-    for name, n in (("hidden", d if d is not None else x.shape[-1]), ("bottleneck", r)):
+    d = x.shape[-1] if d is None else d
+    for name, n in (("hidden", d), ("bottleneck", r)):
         if n is not None and not 1 <= n <= _WIDEST:
             return False, f"the Triton adapter takes a {name} width of 1 to {_WIDEST}, got {n}"
+    if r is not None and d * r >= 1 << 31:
+        return False, f"the Triton adapter takes weights of fewer than 2^31 elements, got {d} x {r}"
     if x.is_cuda:
         if torch.version.hip is not None:
             return False, "the Triton adapter is checked on NVIDIA GPUs only, this torch is built for ROCm"

@@ -43,12 +43,11 @@ HALF_FORWARD = (
     (128, 128, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 2, True), (None, 64, 64, 64, 8, 2, True))),
     (192, 128, 64, ((3000, 16, 64, 64, 4, 2, False), (8000, 32, 64, 64, 4, 2, True), (None, 64, 64, 64, 8, 2, True))),
     (256, 256, 0, ((3000, 16, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, True))),
-    (288, 256, 32, ((3000, 16, 64, 64, 8, 2, False), (None, 64, 64, 64, 8, 2, True))),
 )
 HALF_SPLIT = ((3000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 8, 3, True))
 HALF_SPLIT_R = 128
 
-# r = 256 with 64 rows, and 288 with 32, spill registers in the backward.
+# 64 rows spill registers in the backward at r = 256; 256 + 32 would spill in both directions from 32 rows on.
 HALF_BACKWARD = (
     (16, 16, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
     (32, 32, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),

@@ -22,14 +22,6 @@ from .adapter_tiles import (
 
 
 @triton.jit
-def move(ptr, row0, LD: tl.constexpr):
-    """ptr moved to row row0 (64-bit); None stays None."""
-    if ptr is not None:
-        ptr += row0 * LD
-    return ptr
-
-
-@triton.jit
 def fold_weights(wd_ptr, bd_ptr, gamma_ptr, beta_ptr, wc_ptr, ws_ptr, c_ptr,
                  D: tl.constexpr, R: tl.constexpr, BR: tl.constexpr, BD: tl.constexpr):  # fmt: skip
     """wc = w_down*gamma, each row centred, rounded; ws = the row sums that rounding left; c = b_down + w_down beta."""
@@ -69,26 +61,28 @@ def forward_fused(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, wu_ptr, bu
     row0 = tl.program_id(0).to(tl.int64) * BM
     rm = tl.arange(0, BM)
     mm = rm < (M - row0)
-    x_ptr = move(x_ptr, row0, D)
+    x_ptr += row0 * D
     z1, z2, mean, rstd = project_down(
         x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, rm, mm, 0, eps, D, R, R1, R2, R1 <= R, BM, BK, NORM, NS
     )
     q1 = tl.arange(0, R1)
     q2 = R1 + tl.arange(0, R2 if R2 > 0 else 16)
     if z_ptr is not None:
-        z_ptr = move(z_ptr, row0, R)
+        z_ptr += row0 * R
         store_rows(z_ptr, rm, q1, mm, z1, R, R, R1 <= R)
         if R2 > 0:
             store_rows(z_ptr, rm, q2, mm, z2, R, R, R1 + R2 <= R)
     if st_ptr is not None:
-        st_ptr = move(st_ptr, row0, 2)
+        st_ptr += row0 * 2
         tl.store(st_ptr + rm * 2, mean, mask=mm)
         tl.store(st_ptr + rm * 2 + 1, rstd, mask=mm)
     h1 = activate(z1.to(tl.float32), ACT).to(z1.dtype)
     h2 = activate(z2.to(tl.float32), ACT).to(z2.dtype)
-    y_ptr = move(y_ptr, row0, D)
-    res1_ptr = move(res1_ptr, row0, D)
-    res2_ptr = move(res2_ptr, row0, D)
+    y_ptr += row0 * D
+    if res1_ptr is not None:
+        res1_ptr += row0 * D
+    if res2_ptr is not None:
+        res2_ptr += row0 * D
     EVEN: tl.constexpr = D % BN == 0
     for d0 in tl.range(0, D, BN, num_stages=NS):  # num_stages here: else loads that feed no dot are not pipelined
         rd = d0 + tl.arange(0, BN)
@@ -109,14 +103,14 @@ def forward_down(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, z_ptr, st_p
     rm = tl.arange(0, BM)
     mm = rm < (M - row0)
     r0 = tl.program_id(1) * R1
-    x_ptr = move(x_ptr, row0, D)
+    x_ptr += row0 * D
     z, _, mean, rstd = project_down(
         x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, rm, mm, r0, eps, D, R, R1, 0, R % R1 == 0, BM, BK, NORM, NS
     )
-    store_rows(move(z_ptr, row0, R), rm, r0 + tl.arange(0, R1), mm, z, R, R, R % R1 == 0)
+    store_rows(z_ptr + row0 * R, rm, r0 + tl.arange(0, R1), mm, z, R, R, R % R1 == 0)
     if st_ptr is not None:
         if r0 == 0:
-            st_ptr = move(st_ptr, row0, 2)
+            st_ptr += row0 * 2
             tl.store(st_ptr + rm * 2, mean, mask=mm)
             tl.store(st_ptr + rm * 2 + 1, rstd, mask=mm)
 
@@ -132,17 +126,19 @@ def forward_up(z_ptr, x_ptr, wu_ptr, bu_ptr, res1_ptr, res2_ptr, y_ptr, M, scale
     rd = tl.program_id(1) * BN + tl.arange(0, BN)
     EVEN: tl.constexpr = D % BN == 0
     NE: tl.constexpr = R % R1 == 0
-    z_ptr = move(z_ptr, row0, R)
+    z_ptr += row0 * R
     u = tl.zeros((BM, BN), tl.float32)
     for r0 in tl.range(0, R, R1, num_stages=NS):
         r = r0 + tl.arange(0, R1)
         z = load_rows(z_ptr, rm, r, mm, R, NE)
         h = activate(z.to(tl.float32), ACT).to(z.dtype)
         u = tl.dot(h, load_weight(wu_ptr, r, rd, R, D, 1, R, NE, EVEN), u, input_precision="ieee")
-    res1_ptr = move(res1_ptr, row0, D)
-    res2_ptr = move(res2_ptr, row0, D)
+    if res1_ptr is not None:
+        res1_ptr += row0 * D
+    if res2_ptr is not None:
+        res2_ptr += row0 * D
     store_output(
-        move(y_ptr, row0, D), move(x_ptr, row0, D), res1_ptr, res2_ptr, bu_ptr, u, rm, rd, mm, scale, D, EVEN, ADD_X
+        y_ptr + row0 * D, x_ptr + row0 * D, res1_ptr, res2_ptr, bu_ptr, u, rm, rd, mm, scale, D, EVEN, ADD_X
     )
 
 
@@ -185,11 +181,14 @@ def backward_fused(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_pt
     row0 = tl.program_id(0).to(tl.int64) * BM
     rm = tl.arange(0, BM)
     mm = rm < (M - row0)
-    g_ptr = move(g_ptr, row0, D)
-    z_ptr = move(z_ptr, row0, R)
-    q_ptr = move(q_ptr, row0, R)
-    h_ptr = move(h_ptr, row0, HLD)
-    part_ptr = move(part_ptr, tl.program_id(0).to(tl.int64), 2 * R if QSCALE else R)
+    g_ptr += row0 * D
+    z_ptr += row0 * R
+    if q_ptr is not None:
+        q_ptr += row0 * R
+    if h_ptr is not None:
+        h_ptr += row0 * HLD
+    if part_ptr is not None:
+        part_ptr += tl.program_id(0).to(tl.int64) * (2 * R if QSCALE else R)
     mean, rstd = load_statistics(st_ptr, row0, rm, mm, NORM)
     a1, a2 = grad_bottleneck(g_ptr, wu_ptr, rm, mm, 0, D, R, R1, R2, R1 <= R, BM, BK, NS)
     r1 = tl.arange(0, R1)
@@ -203,8 +202,8 @@ def backward_fused(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_pt
         store_ones(h_ptr, rm, mm, R, HLD)
     if dx_ptr is not None:
         EVEN: tl.constexpr = D % BN == 0
-        x_ptr = move(x_ptr, row0, D)
-        dx_ptr = move(dx_ptr, row0, D)
+        x_ptr += row0 * D
+        dx_ptr += row0 * D
         s1 = tl.zeros((BM,), tl.float32)
         s2 = tl.zeros((BM,), tl.float32)
         if NORM:
@@ -232,11 +231,15 @@ def backward_dz(g_ptr, z_ptr, st_ptr, wu_ptr, q_ptr, h_ptr, part_ptr, M, scale,
     r0 = tl.program_id(1) * R1
     r = r0 + tl.arange(0, R1)
     mean, rstd = load_statistics(st_ptr, row0, rm, mm, NORM)
-    a, _ = grad_bottleneck(move(g_ptr, row0, D), wu_ptr, rm, mm, r0, D, R, R1, 0, R % R1 == 0, BM, BK, NS)
-    h_ptr = move(h_ptr, row0, HLD)
-    part_ptr = move(part_ptr, tl.program_id(0).to(tl.int64), 2 * R if QSCALE else R)
+    a, _ = grad_bottleneck(g_ptr + row0 * D, wu_ptr, rm, mm, r0, D, R, R1, 0, R % R1 == 0, BM, BK, NS)
+    if q_ptr is not None:
+        q_ptr += row0 * R
+    if h_ptr is not None:
+        h_ptr += row0 * HLD
+    if part_ptr is not None:
+        part_ptr += tl.program_id(0).to(tl.int64) * (2 * R if QSCALE else R)
     emit_bottleneck(
-        a, move(z_ptr, row0, R), move(q_ptr, row0, R), h_ptr, part_ptr, rm, mm, r, mean, rstd, scale,
+        a, z_ptr + row0 * R, q_ptr, h_ptr, part_ptr, rm, mm, r, mean, rstd, scale,
         R, R % R1 == 0, HLD, ACT, QSCALE,
     )  # fmt: skip
     if h_ptr is not None:
@@ -268,10 +271,10 @@ def backward_dx(q_ptr, g_ptr, x_ptr, st_ptr, wd_ptr, gamma_ptr, dx_ptr, M,
     row0 = tl.program_id(0).to(tl.int64) * BM
     rm = tl.arange(0, BM)
     mm = rm < (M - row0)
-    q_ptr = move(q_ptr, row0, R)
-    x_ptr = move(x_ptr, row0, D)
-    g_ptr = move(g_ptr, row0, D)
-    dx_ptr = move(dx_ptr, row0, D)
+    q_ptr += row0 * R
+    x_ptr += row0 * D
+    g_ptr += row0 * D
+    dx_ptr += row0 * D
     mean, rstd = load_statistics(st_ptr, row0, rm, mm, NORM)
     EVEN: tl.constexpr = D % BN == 0
     s1 = tl.zeros((BM,), tl.float32)
