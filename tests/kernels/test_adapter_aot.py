@@ -62,3 +62,15 @@ def test_das_configurations_compile_for_each_architecture():
 @pytest.mark.slow
 def test_every_configuration_compiles_for_each_architecture():
     check(compile_all("--full"), (*PRODUCTS, "fold_weights", "weight_grads"))
+
+
+def test_what_counts_as_a_complaint():
+    good = dict(arch=80, dtype="bf16", kernel="forward_fused", shared=1, stack=0, local=0, instructions={"HMMA": 1})
+    assert list(complaints([good])) == []
+    for message, change in {
+        "too much shared memory": dict(shared=166_913),
+        "spills registers": dict(stack=40),
+        "no tensor-core instruction": dict(instructions={"FFMA": 100}),
+    }.items():
+        (found,) = complaints([good | change])
+        assert found.startswith(message)
