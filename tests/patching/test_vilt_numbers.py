@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastpetl
 from vilt_tiny import assert_same_training, gradients, pair, relative, run, tiny_das, tiny_vilt
@@ -185,19 +186,28 @@ def test_weights_changed_after_packing_are_seen():
 
 
 def test_torch_compile_of_the_encoder():
-    patched, plain = pair()
-    x = torch.randn(2, 9, 32)
-    mask = torch.zeros(2, 1, 1, 9)
-    mask[1, ..., 5:] = torch.finfo(torch.float32).min
-    compiled = torch.compile(patched.vilt.encoder, fullgraph=True, backend="aot_eager")
-    outputs = []
-    for encoder in (compiled, plain.vilt.encoder):
-        leaf = x.clone().requires_grad_()
-        y = encoder(leaf, mask).last_hidden_state
-        y.square().sum().backward()
-        outputs.append((y.detach(), leaf.grad))
-    for got, want in zip(*outputs, strict=True):
-        assert relative(got, want) <= 1e-4
+    """In one graph, forward and backward, compiled once for all batches and lengths."""
+    patched, plain = pair(num_hidden_layers=1)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(patched.vilt.encoder, fullgraph=True, dynamic=True, backend=counter)
+    compilations = []
+    for batch, tokens in ((2, 9), (3, 9), (4, 14)):
+        x = torch.randn(batch, tokens, 32)
+        mask = torch.zeros(batch, 1, 1, tokens)
+        mask[-1, ..., 5:] = torch.finfo(torch.float32).min
+        outputs = []
+        for encoder in (compiled, plain.vilt.encoder):
+            leaf = x.clone().requires_grad_()
+            encoder.zero_grad()
+            y = encoder(leaf, mask).last_hidden_state
+            y.square().sum().backward()
+            outputs.append((y.detach(), leaf.grad))
+        for got, want in zip(*outputs, strict=True):
+            assert relative(got, want) <= 1e-4
+        compilations.append(counter.frame_count)
+    assert len(set(compilations)) == 1
+    patched.zero_grad()
+    compiled(x, mask).last_hidden_state.square().sum().backward()
     down = [m.vilt.encoder.layer[0].adapter0.down_proj.weight.grad for m in (patched, plain)]
     assert relative(*down) <= 1e-4
 
