@@ -219,3 +219,15 @@ def test_torch_func():
     got = torch.func.vmap(lambda v: layer(v)[0])(x)
     want = torch.stack([original(v)[0] for v in x])
     assert relative(got, want) <= 1e-4
+
+
+def test_inference_mode_and_tracing():
+    patched, plain = pair()
+    with torch.inference_mode():
+        for _ in range(2):
+            assert relative(run(patched).logits, run(plain).logits) <= 1e-4
+    layer, original = patched.vilt.encoder.layer[0].eval(), plain.vilt.encoder.layer[0]
+    x = torch.randn(2, 9, 32)
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, (x,), check_trace=False)
+        assert relative(traced(2 * x)[0], original(2 * x)[0]) <= 1e-4
