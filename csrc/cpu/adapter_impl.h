@@ -68,24 +68,23 @@ template <class T, class E> struct Adapter {
         E::put_a_row(h, r, i, row);
       }
       E::zero_a_rows(h, r, m);
-      for (int64_t j0 = 0; j0 < d; j0 += E::NP) {
-        E::gemm(h, r, m, E::panel(wu, r, j0 / E::NP, 0), r, c, false);
-        finish_panel(p, r0, m, j0, c, bu);
-      }
+      multiply<E>(h, r, m, wu, d, c);
+      for (int64_t i = 0; i < m; ++i) finish_row(p, r0 + i, c + i * E::NP, panel_size<E>(m), bu);
     });
   }
-  static void finish_panel(const fp_adapter_forward& p, int64_t r0, int64_t m, int64_t j0, const float* c, const float* bu) {
-    const int64_t d = p.d, n = d - j0 < E::NP ? d - j0 : E::NP;
-    for (int64_t i = 0; i < m; ++i)
-      for (int64_t j = 0; j < n; j += VL) {
-        const int64_t at = (r0 + i) * d + j0 + j;
-        vf u = load(c + i * E::NP + j);
-        if (bu) u += load(bu + j0 + j);
+  static void finish_row(const fp_adapter_forward& p, int64_t row, const float* c, int64_t panel, const float* bu) {
+    const int64_t d = p.d;
+    for (int64_t j0 = 0; j0 < d; j0 += E::NP, c += panel)
+      for (int64_t v = 0; v < E::NP; v += VL) {
+        const int64_t j = j0 + v, at = row * d + j;
+        if (j >= d) break;
+        vf u = load(c + v);
+        if (bu) u += load(bu + j);
         u *= splat(p.scale);
-        if (p.add_x) u += load((const T*)p.x + at, n - j);
-        if (p.res1) u += load((const T*)p.res1 + at, n - j);
-        if (p.res2) u += load((const T*)p.res2 + at, n - j);
-        store((T*)p.y + at, u, n - j);
+        if (p.add_x) u += load((const T*)p.x + at, d - j);
+        if (p.res1) u += load((const T*)p.res1 + at, d - j);
+        if (p.res2) u += load((const T*)p.res2 + at, d - j);
+        store((T*)p.y + at, u, d - j);
       }
   }
 
@@ -138,7 +137,7 @@ template <class T, class E> struct Adapter {
   // With xhat = (x - mean) rstd:  dW' = dz^T xhat,  dc = sum dz;  dW_down = dW' gamma + dc beta^T,
   // dgamma = sum_r dW' W_down,  dbeta = W_down^T dc: the norm's gradients need no pass over the rows of their own.
   static void backward_weights(const fp_adapter_backward& p, const float* dz) {
-    const int64_t d = p.d, r = p.r, rows = p.rows, chunk = 2048, chunks = (rows + chunk - 1) / chunk;
+    const int64_t d = p.d, r = p.r, rows = p.rows, chunk = CHUNK, chunks = (rows + chunk - 1) / chunk;
     const bool down = p.dw_down || p.dnorm_weight, up_ = p.dw_up != nullptr;
     const int64_t ar = round_up(r, E::UNIT);
     Elem* az = down ? scratch<Elem>(0, chunks * E::a_size(ar, chunk)) : nullptr;
@@ -164,71 +163,73 @@ template <class T, class E> struct Adapter {
     if (p.db_down) store_row((T*)p.db_down, dc, r);
     if (!(down || up_ || p.db_up || p.dnorm_bias)) return;
     const float *gamma = load_vector<T>(2, p.norm_weight, d), *beta = load_vector<T>(3, p.norm_bias, d);
-    const int64_t panels = (d + E::NP - 1) / E::NP;
-    parallel(panels * 2, 1, [&](int64_t begin, int64_t end) {
+    const int64_t groups_d = (d + GROUP - 1) / GROUP;
+    parallel(groups_d * 2, 1, [&](int64_t begin, int64_t end) {
       typename E::Session session;
       (void)session;
       for (int64_t t = begin; t < end; ++t) {
-        const int64_t j0 = t / 2 * E::NP, n = d - j0 < E::NP ? d - j0 : E::NP;
-        float* c = scratch<float>(6, product_size<E>(ar, E::NP));
+        const int64_t j0 = t / 2 * GROUP, n = d - j0 < GROUP ? d - j0 : GROUP;
+        float* c = scratch<float>(6, product_size<E>(r, GROUP));
         if (t % 2 == 0) {
-          if (down) panel_product(p, az, j0, n, c, true, nullptr);
+          if (down) column_product(p, az, j0, n, c, true, nullptr);
           if (down || p.dnorm_bias) finish_down(p, c, dc, gamma, beta, j0, n);
         } else if (up_ || p.db_up) {
-          float total[64] = {};
-          panel_product(p, ah, j0, n, c, false, total);
+          float total[GROUP] = {};
+          column_product(p, ah, j0, n, c, false, total);
           if (p.dw_up)
             for (int64_t j = 0; j < n; ++j)
-              for (int64_t i = 0; i < r; ++i) down_to((T*)p.dw_up + (j0 + j) * r + i, p.scale * c[i * E::NP + j]);
+              for (int64_t i = 0; i < r; ++i) down_to((T*)p.dw_up + (j0 + j) * r + i, p.scale * product(c, r, i, j));
           if (p.db_up) for (int64_t j = 0; j < n; ++j) down_to((T*)p.db_up + j0 + j, p.scale * total[j]);
         }
       }
     });
   }
+  static constexpr int64_t CHUNK = 512;            // rows of one slice of the reduction
+  static constexpr int64_t GROUP = 128 / E::NP * E::NP;  // columns of one task: enough for whole cache lines of x's rows
   static void down_to(T* p, float v) { down(v, p); }
+  static float product(const float* c, int64_t m, int64_t i, int64_t j) { return c[j / E::NP * panel_size<E>(m) + i * E::NP + j % E::NP]; }
 
-  // C [r, NP] = A [r, rows] B[rows, j0..j0+n), B = xhat or grad; total: column sums of B
-  static void panel_product(const fp_adapter_backward& p, const Elem* a, int64_t j0, int64_t n, float* c, bool xhat, float* total) {
-    const int64_t d = p.d, chunk = 2048, ar = round_up(p.r, E::UNIT);
+  // C [r, n] = A [r, rows] B[rows, j0..j0+n), B = xhat or grad; total: column sums of B
+  static void column_product(const fp_adapter_backward& p, const Elem* a, int64_t j0, int64_t n, float* c, bool xhat, float* total) {
+    const int64_t d = p.d, ar = round_up(p.r, E::UNIT);
     const T* src = (const T*)(xhat ? p.x : p.grad);
-    for (int64_t k0 = 0, q = 0; k0 < p.rows; k0 += chunk, ++q) {
-      const int64_t k = p.rows - k0 < chunk ? p.rows - k0 : chunk;
-      Elem* b = scratch<Elem>(5, E::b_size(chunk, E::NP));
-      float part[2][64] = {}, sums[64] = {};
+    Elem* b = scratch<Elem>(5, E::b_size(CHUNK, GROUP));
+    alignas(64) float pair[2][GROUP + 64] = {}, sums[GROUP] = {};
+    for (int64_t k0 = 0, q = 0; k0 < p.rows; k0 += CHUNK, ++q) {
+      const int64_t k = p.rows - k0 < CHUNK ? p.rows - k0 : CHUNK;
       for (int64_t i = 0; i < E::pad_k(k); i += 2) {
         for (int s = 0; s < 2; ++s) {
           const int64_t row = k0 + i + s;
-          for (int64_t j = 0; j < E::NP; j += VL) {
-            vf v = {};
-            if (i + s < k && j < n) {
-              v = load(src + row * d + j0 + j, n - j);
-              if (xhat && p.stats) v = (v - splat(p.stats[2 * row])) * splat(p.stats[2 * row + 1]);
-            }
-            store(part[s] + j, v);
+          const bool there = i + s < k;
+          const vf mean = splat(xhat && p.stats && there ? p.stats[2 * row] : 0.f), rstd = splat(xhat && p.stats && there ? p.stats[2 * row + 1] : 1.f);
+          for (int64_t j = 0; j < n; j += VL) {
+            vf v = there ? (load(src + row * d + j0 + j, n - j) - mean) * rstd : vf{};
+            store(pair[s] + j, fill_behind(v, n - j, 0.f));
             if (total) store(sums + j, load(sums + j) + v);
           }
         }
-        E::put_b_rows(b, k, i, part[0], part[1], E::NP);
-        if (total && (i % 128 == 126 || i + 2 >= E::pad_k(k)))  // short partial sums keep the rounding error small
-          for (int64_t j = 0; j < E::NP; ++j) total[j] += sums[j], sums[j] = 0.f;
+        E::put_b_rows(b, k, i, pair[0], pair[1], n);
       }
-      if (a) E::gemm(a + q * E::a_size(ar, chunk), k, p.r, b, k, c, k0 > 0);
+      for (int64_t j = 0; total && j < GROUP; ++j) total[j] += sums[j], sums[j] = 0.f;
+      if (a) multiply<E>(a + q * E::a_size(ar, CHUNK), k, p.r, b, n, c, k0 > 0);
     }
-    if (p.rows == 0) memset(c, 0, product_size<E>(ar, E::NP) * 4);
+    if (p.rows == 0) memset(c, 0, product_size<E>(p.r, GROUP) * 4);
   }
   static void finish_down(const fp_adapter_backward& p, const float* c, const float* dc, const float* gamma, const float* beta, int64_t j0, int64_t n) {
-    const T* w = (const T*)p.w_down;
-    float dgamma[64] = {}, dbeta[64] = {};
-    for (int64_t i = 0; i < p.r; ++i)
-      for (int64_t j = 0; j < n; ++j) {
+    for (int64_t j = 0; j < n; j += VL) {
+      const float* cj = c + j / E::NP * panel_size<E>(p.r) + j % E::NP;
+      const vf g = gamma ? load(gamma + j0 + j) : splat(1.f), b = beta ? load(beta + j0 + j) : vf{};
+      vf dgamma = {}, dbeta = {};
+      for (int64_t i = 0; i < p.r; ++i) {
         const int64_t at = i * p.d + j0 + j;
-        const float wij = up(w[at]);
-        if (p.dw_down) down_to((T*)p.dw_down + at, (gamma ? gamma[j0 + j] : 1.f) * c[i * E::NP + j] + (beta ? beta[j0 + j] * dc[i] : 0.f));
-        if (p.dnorm_weight) dgamma[j] += c[i * E::NP + j] * wij;
-        dbeta[j] += dc[i] * wij;
+        const vf w = load((const T*)p.w_down + at, n - j), dw = p.dw_down || p.dnorm_weight ? load(cj + i * E::NP) : vf{};
+        if (p.dw_down) store((T*)p.dw_down + at, fma(dw, g, b * splat(dc[i])), n - j);
+        dgamma = fma(dw, w, dgamma);
+        dbeta = fma(splat(dc[i]), w, dbeta);
       }
-    if (p.dnorm_weight) for (int64_t j = 0; j < n; ++j) down_to((T*)p.dnorm_weight + j0 + j, dgamma[j]);
-    if (p.dnorm_bias) for (int64_t j = 0; j < n; ++j) down_to((T*)p.dnorm_bias + j0 + j, dbeta[j]);
+      if (p.dnorm_weight) store((T*)p.dnorm_weight + j0 + j, dgamma, n - j);
+      if (p.dnorm_bias) store((T*)p.dnorm_bias + j0 + j, dbeta, n - j);
+    }
   }
   // sums over rows in blocks of 256, then over the blocks: rounding grows with the block, not with the rows
   static void column_sums(const float* a, int64_t rows, int64_t n, float* out) {

@@ -87,16 +87,15 @@ template <class T, class E> struct Attention {
   // row <- exp(scale row + mask - max), zero behind n; *inv = 1 / sum; returns the log-sum-exp
   static float softmax_row(float* row, int64_t n, float scale, const float* mask, float* inv) {
     const int64_t np = round_up(n, VL);
-    vf top = splat(-INFINITY);
+    vf high = splat(-INFINITY);
     for (int64_t j = 0; j < np; j += VL) {
       vf v = load(row + j) * splat(scale);
       if (mask) v += load(mask + j, n - j);
+      if (j + VL > n) v = fill_behind(v, n - j, -INFINITY);
+      high = vmax(high, v);
       store(row + j, v);
     }
-    for (int64_t j = n; j < np; ++j) row[j] = -INFINITY;
-    for (int64_t j = 0; j < np; j += VL) top = vmax(top, load(row + j));
-    float mx = top[0];
-    for (int l = 1; l < VL; ++l) mx = top[l] > mx ? top[l] : mx;
+    const float mx = top(high);
     vf total = {};
     for (int64_t j = 0; j < np; j += VL) {
       vf e = vexp(load(row + j) - splat(mx));

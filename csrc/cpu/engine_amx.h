@@ -105,21 +105,26 @@ template <int PLANES> struct EngineAmx {
       }
     }
   }
-  static void put_b_rows(Elem* b, int64_t k, int64_t kk, const float* r0, const float* r1, int64_t n) {
+  // STREAM: past the caches, for packs of whole weights, which no cache holds until they are used
+  template <bool STREAM> static inline __attribute__((always_inline)) void put(Elem* p, __m512i v) {
+    if (STREAM) _mm512_stream_si512((__m512i*)p, v);
+    else _mm512_storeu_si512(p, v);
+  }
+  template <bool STREAM = false> static void put_b_rows(Elem* b, int64_t k, int64_t kk, const float* r0, const float* r1, int64_t n) {
     const int64_t kt = pad_k(k) / 32;
     const __m512i order = interleave_order();
     for (int64_t j = 0; j < round_up(n, 32); j += 16) {
       Elem* p = b + (j / 16 * kt + kk / 32) * PLANES * TILE + kk % 32 / 2 * 32;
       __m512i s[PLANES];
       split(_mm512_loadu_ps(r0 + j), _mm512_loadu_ps(r1 + j), s);  // row kk in the low half, kk+1 in the high half
-      for (int q = 0; q < PLANES; ++q) _mm512_storeu_si512(p + q * TILE, _mm512_permutexvar_epi16(order, s[q]));
+      for (int q = 0; q < PLANES; ++q) put<STREAM>(p + q * TILE, _mm512_permutexvar_epi16(order, s[q]));
     }
   }
   static inline __m512i interleave_order() {  // 0, 16, 1, 17, ...
     __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     return _mm512_or_si512(i, _mm512_slli_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(16)), 16));
   }
-  static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
+  template <bool STREAM = false> static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
     const int64_t kt = pad_k(k) / 32;
     Elem* p = b + n0 / 16 * kt * PLANES * TILE;
     for (int64_t t = 0; t < kt; ++t, p += PLANES * TILE) {
@@ -131,7 +136,7 @@ template <int PLANES> struct EngineAmx {
       }
       for (int q = 0; q < PLANES; ++q) {
         transpose16(v[q], o);
-        for (int j = 0; j < 16; ++j) _mm512_storeu_si512(p + q * TILE + j * 32, o[j]);
+        for (int j = 0; j < 16; ++j) put<STREAM>(p + q * TILE + j * 32, o[j]);
       }
     }
   }
@@ -139,15 +144,25 @@ template <int PLANES> struct EngineAmx {
     return b + (j * 2 * pad_k(k) / 32 + k0 / 32) * PLANES * TILE;
   }
 
-  // bk: the depth B was packed with (its second column tile lies that far behind the first)
+  // bk: the depth B was packed with (its second column tile lies that far behind the first). With one plane the depth is
+  // cut into slices of 256, so that B's slice stays in the first-level cache, and the next panel is fetched meanwhile;
+  // with three planes the tile unit itself is the limit and both only cost.
   static void gemm(const Elem* a, int64_t kb, int64_t m, const Elem* b, int64_t bk, float* c, bool accumulate) {
-    const int64_t kt = pad_k(kb) / 32, a_step = kt * PLANES * TILE;
-    const Elem* b1 = b + pad_k(bk) / 32 * PLANES * TILE;
-    int64_t i = 0;
-    for (; i + 16 < m; i += 32, a += 2 * a_step) tile<2>(a, a + a_step, b, b1, kt, c + i * NP, accumulate);
-    if (i < m) tile<1>(a, a, b, b1, kt, c + i * NP, accumulate);
+    constexpr int64_t step = PLANES * TILE;
+    const int64_t kt = pad_k(kb) / 32, slice = PLANES == 1 ? 8 : kt, pairs = (m + 31) / 32;
+    const Elem *b1 = b + pad_k(bk) / 32 * step, *next = b1 + pad_k(bk) / 32 * step;
+    const int64_t fetch = PLANES == 1 ? (2 * kt * TILE / 32 + pairs * kt - 1) / (pairs * kt) : 0;  // cache lines a step
+    for (int64_t t0 = 0; t0 < kt; t0 += slice) {
+      const int64_t n = kt - t0 < slice ? kt - t0 : slice;
+      const Elem* ai = a + t0 * step;
+      for (int64_t i = 0; i < m; i += 32, ai += 2 * kt * step, next += fetch * n * 32) {
+        if (i + 16 < m) tile<2>(ai, ai + kt * step, b + t0 * step, b1 + t0 * step, n, c + i * NP, accumulate || t0 > 0, next, fetch);
+        else tile<1>(ai, ai, b + t0 * step, b1 + t0 * step, n, c + i * NP, accumulate || t0 > 0, next, fetch);
+      }
+    }
   }
-  template <int MT> static void tile(const Elem* a0, const Elem* a1, const Elem* b0, const Elem* b1, int64_t kt, float* c, bool accumulate) {
+  template <int MT> static void tile(const Elem* a0, const Elem* a1, const Elem* b0, const Elem* b1, int64_t kt, float* c, bool accumulate,
+                                         const Elem* next, int64_t fetch) {
 #define FP_TILE_A(q)                                 \
   {                                                  \
     _tile_loadd(4, a0 + (q) * TILE, 64);             \
@@ -183,6 +198,7 @@ template <int PLANES> struct EngineAmx {
     }
     constexpr int64_t step = PLANES * TILE;
     for (int64_t t = 0; t < kt; ++t, a0 += step, a1 += step, b0 += step, b1 += step) {
+      for (int64_t i = 0; i < fetch; ++i, next += 32) _mm_prefetch((const char*)next, _MM_HINT_T1);
       if (PLANES == 3) {  // small terms first; each step changes one operand pair
         FP_TILE_A(0) FP_TILE_B(2) FP_TILE_DOT
         FP_TILE_B(1) FP_TILE_DOT

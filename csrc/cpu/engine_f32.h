@@ -36,7 +36,7 @@ struct EngineF32 {
     memset(a + m * pad_k(k), 0, (round_up(m, MR) - m) * pad_k(k) * 4);
   }
   // rows kk, kk+1 of B (kk even), n columns, zero-padded to a multiple of 64
-  static void put_b_rows(Elem* b, int64_t k, int64_t kk, const float* r0, const float* r1, int64_t n) {
+  template <bool STREAM = false> static void put_b_rows(Elem* b, int64_t k, int64_t kk, const float* r0, const float* r1, int64_t n) {
     const int64_t kp = pad_k(k);
     for (int64_t j = 0; j < n; j += NP) {
       float* p = b + j * kp + kk * NP;
@@ -47,7 +47,7 @@ struct EngineF32 {
     }
   }
   // columns n0..n0+15 of B from 16 rows of its transpose, each zero-padded to pad_k
-  static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
+  template <bool STREAM = false> static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
     const int64_t kp = pad_k(k);
     for (int64_t k0 = 0; k0 < kp; k0 += 16)
       for (int j = 0; j < 16; ++j) {

@@ -26,11 +26,11 @@ template <class T, class E> struct Linear {
     const int64_t n = total(a);
     if (transposed)  // B[k = n, n = K] = W
       parallel(E::pad_k(n) / 2, 32, [&](int64_t begin, int64_t end) {
-        pack_rows<E>((Elem*)out, n, a.k, begin, end, [&](int64_t i) { return weight_row(a, i); });
+        pack_rows<E, true>((Elem*)out, n, a.k, begin, end, [&](int64_t i) { return weight_row(a, i); });
       });
     else  // B[k, n] = W[n, k]
       parallel(column_groups<E>(n), 4, [&](int64_t begin, int64_t end) {
-        pack_columns<E>((Elem*)out, a.k, n, begin, end, [&](int64_t i) { return weight_row(a, i); });
+        pack_columns<E, true>((Elem*)out, a.k, n, begin, end, [&](int64_t i) { return weight_row(a, i); });
       });
   }
   static const Elem* packed_operand(const fp_linear& a, int64_t n, int transposed) {
@@ -62,11 +62,12 @@ template <class T, class E> struct Linear {
     }
   }
   // runs body(r0, m) over blocks of rows that fit the cache
-  template <class Body> static void row_blocks(int64_t rows, const Body& body) {
+  template <class Body> static void row_blocks(int64_t rows, int64_t depth, const Body& body) {
+    const int64_t most = (depth > E::K_BLOCK ? 1 : 2) * E::BLOCK_UNITS;  // deep: all panels of C must stay too
     parallel((rows + E::UNIT - 1) / E::UNIT, 1, [&](int64_t begin, int64_t end) {
       typename E::Session session;
       (void)session;
-      const int64_t units = end - begin, blocks = (units + 2 * E::BLOCK_UNITS - 1) / (2 * E::BLOCK_UNITS);
+      const int64_t units = end - begin, blocks = (units + most - 1) / most;
       for (int64_t i = 0; i < blocks; ++i) {
         const int64_t r0 = (begin + units * i / blocks) * E::UNIT, r1 = (begin + units * (i + 1) / blocks) * E::UNIT;
         body(r0, (r1 < rows ? r1 : rows) - r0);
@@ -83,7 +84,8 @@ template <class T, class E> struct Linear {
       for (int64_t i = 0, at = 0; i < a.count; at += a.n[i++])
         if (a.b[i]) for (int j = 0; j < a.n[i]; ++j) bias[at + j] = up(((const T*)a.b[i])[j]);
     const float *gamma = load_vector<T>(2, a.norm_weight, a.k), *beta = load_vector<T>(3, a.norm_bias, a.k);
-    row_blocks(a.rows, [&](int64_t r0, int64_t m) {
+    const bool large = a.rows * n * sizeof(T) > (12 << 20);
+    row_blocks(a.rows, a.k, [&](int64_t r0, int64_t m) {
       const T* x = (const T*)a.x + r0 * a.k;
       float *row = scratch<float>(7, width), *stats = scratch<float>(8, 2 * m);
       auto fill = [&](int64_t k0, int64_t kn, Elem* ap) {
@@ -105,9 +107,13 @@ template <class T, class E> struct Linear {
         const int64_t j0 = p * E::NP, nc = n - j0 < E::NP ? n - j0 : E::NP;
         for (int64_t i = 0; i < m; ++i) {
           T* y = (T*)a.out + (r0 + i) * n + j0;
-          for (int64_t j = 0; j < nc; j += VL) store(y + j, load(c + i * E::NP + j) + load(bias + j0 + j), nc - j);
+          for (int64_t j = 0; j < nc; j += VL) {
+            vf v = load(c + i * E::NP + j) + load(bias + j0 + j);
+            large ? stream(y + j, v, nc - j) : store(y + j, v, nc - j);
+          }
         }
       });
+      if (large) fence();
       if (a.stats && a.prologue == FP_LAYERNORM) memcpy(a.stats + 2 * r0, stats, 8 * m);
     });
   }
@@ -117,7 +123,7 @@ template <class T, class E> struct Linear {
     const Elem* b = packed_operand(a, n, 1);
     const float* gamma = load_vector<T>(2, a.norm_weight, a.k);
     const bool norm = a.prologue == FP_LAYERNORM;
-    row_blocks(a.rows, [&](int64_t r0, int64_t m) {
+    row_blocks(a.rows, n, [&](int64_t r0, int64_t m) {
       const T *g = (const T*)a.grad + r0 * n, *x = (const T*)a.x + r0 * a.k;
       T* dx = (T*)a.out + r0 * a.k;
       float *row = scratch<float>(7, width), *xrow = scratch<float>(9, width), *c = nullptr;

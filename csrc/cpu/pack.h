@@ -15,7 +15,7 @@ template <class T> static float* load_vector(int slot, const void* p, int64_t n)
 // B[k, n] from rows of its transpose: at(j), j < n, points at row j. Groups of 16 columns [begin, end).
 template <class E> static int64_t column_groups(int64_t n) { return round_up(n, E::NP) / 16 + (E::NP % 16 != 0); }
 template <class E> static int64_t columns_size(int64_t k, int64_t n) { return E::b_size(k, column_groups<E>(n) * 16); }
-template <class E, class At>
+template <class E, bool STREAM = false, class At>
 static void pack_columns(typename E::Elem* out, int64_t k, int64_t n, int64_t begin, int64_t end, const At& at) {
   const int64_t width = E::pad_k(k) + 64;
   float* tmp = scratch<float>(15, 16 * width);
@@ -27,11 +27,12 @@ static void pack_columns(typename E::Elem* out, int64_t k, int64_t n, int64_t be
       else memset(row, 0, width * 4);
       rows[j] = row;
     }
-    E::put_b_columns(out, k, g * 16, rows);
+    E::template put_b_columns<STREAM>(out, k, g * 16, rows);
   }
+  if (STREAM) fence();
 }
 // B[k, n] from its rows: at(i), i < k, points at row i. Pairs of rows [begin, end) of pad_k(k) / 2.
-template <class E, class At>
+template <class E, bool STREAM = false, class At>
 static void pack_rows(typename E::Elem* out, int64_t k, int64_t n, int64_t begin, int64_t end, const At& at) {
   const int64_t width = round_up(n, E::NP) + 64;
   float* tmp = scratch<float>(15, 2 * width);
@@ -40,8 +41,9 @@ static void pack_rows(typename E::Elem* out, int64_t k, int64_t n, int64_t begin
       if (2 * p + j < k) load_row(at(2 * p + j), tmp + j * width, n, width);
       else memset(tmp + j * width, 0, width * 4);
     }
-    E::put_b_rows(out, k, 2 * p, tmp, tmp + width, n);
+    E::template put_b_rows<STREAM>(out, k, 2 * p, tmp, tmp + width, n);
   }
+  if (STREAM) fence();
 }
 
 // A product [m, n] is kept as column panels [panel][rows][E::NP], panel_size floats each.
@@ -51,10 +53,12 @@ template <class E>
 static void multiply(const typename E::Elem* a, int64_t k, int64_t m, const typename E::Elem* b, int64_t n, float* c, bool accumulate = false) {
   for (int64_t j = 0; j * E::NP < n; ++j) E::gemm(a, k, m, E::panel(b, k, j, 0), k, c + j * panel_size<E>(m), accumulate);
 }
-// its row i, zero-padded behind n
+// its row i up to the panel's end; behind n there are the zeros that B was padded with
 template <class E> FP_INLINE void gather_row(const float* c, int64_t m, int64_t i, float* row, int64_t n) {
-  for (int64_t j = 0; j < n; j += E::NP) memcpy(row + j, c + j / E::NP * panel_size<E>(m) + i * E::NP, E::NP * 4);
-  for (int64_t j = n; j % 64 || j < n + VL; ++j) row[j] = 0.f;
+  for (int64_t j = 0; j < n; j += E::NP) {
+    const float* p = c + j / E::NP * panel_size<E>(m) + i * E::NP;
+    for (int v = 0; v < E::NP; v += VL) store(row + j + v, load(p + v));
+  }
 }
 
 }  // namespace FP_ISA

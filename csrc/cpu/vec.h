@@ -37,6 +37,17 @@ FP_INLINE vf fma(vf a, vf b, vf c) {
   return a * b + c;
 #endif
 }
+// a / b: the wide division unit is slow; a reciprocal with one Newton step and a corrected quotient is within 1 ulp
+FP_INLINE vf quotient(vf a, vf b) {
+#if defined(__AVX512F__)
+  vf r = (vf)_mm512_rcp14_ps((__m512)b);
+  r = fma(fma(-b, r, splat(1.f)), r, r);
+  vf q = a * r;
+  return fma(fma(-b, q, a), r, q);
+#else
+  return a / b;
+#endif
+}
 FP_INLINE float sum(vf v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)v);
@@ -83,15 +94,60 @@ FP_INLINE void store(bf16* p, vf v) {
   for (int i = 0; i < VL; ++i) down(v[i], p + i);
 #endif
 }
-template <class T> FP_INLINE vf load(const T* p, int n) {  // first n lanes, zeros behind
+// first n lanes (n > VL counts as VL, n < 0 as 0), zeros behind
+#if defined(__AVX512F__)
+FP_INLINE __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1 << n) - 1); }
+FP_INLINE vf load(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps(first(n), p); }
+FP_INLINE vf load(const bf16* p, int64_t n) {
+  return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16);
+}
+FP_INLINE void store(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
+FP_INLINE void store(bf16* p, vf v, int64_t n) {
+  bf16 t[VL];
+  if (n >= VL) return store(p, v);
+  store(t, v);
+  _mm256_mask_storeu_epi16(p, first(n), _mm256_loadu_si256((const __m256i*)t));
+}
+FP_INLINE vf fill_behind(vf v, int64_t n, float with) { return (vf)_mm512_mask_mov_ps(_mm512_set1_ps(with), first(n), (__m512)v); }
+FP_INLINE float top(vf v) { return _mm512_reduce_max_ps((__m512)v); }
+#else
+template <class T> FP_INLINE vf load(const T* p, int64_t n) {
   if (n >= VL) return load(p);
   float t[VL] = {};
   for (int i = 0; i < n; ++i) t[i] = up(p[i]);
   return load(t);
 }
-template <class T> FP_INLINE void store(T* p, vf v, int n) {
+template <class T> FP_INLINE void store(T* p, vf v, int64_t n) {
   if (n >= VL) return store(p, v);
   for (int i = 0; i < n; ++i) down(v[i], p + i);
+}
+FP_INLINE vf fill_behind(vf v, int64_t n, float with) {
+  for (int i = n < 0 ? 0 : n; i < VL; ++i) v[i] = with;
+  return v;
+}
+FP_INLINE float top(vf v) {
+  float m = v[0];
+  for (int i = 1; i < VL; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+#endif
+
+// Store past the caches: for outputs too large to be found there by their reader (fence() before others read them)
+template <class T> FP_INLINE void stream(T* p, vf v, int64_t n) {
+#if defined(__AVX512F__)
+  if (n >= VL && (uintptr_t)p % (VL * sizeof(T)) == 0) {
+    if constexpr (sizeof(T) == 4) return _mm512_stream_ps((float*)p, (__m512)v);
+    bf16 t[VL];
+    store(t, v);
+    return _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)t));
+  }
+#endif
+  store(p, v, n);
+}
+FP_INLINE void fence() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
 }
 
 // exp to about 1 ulp (Cephes' reduction and polynomial); 0 below -87.3, NaN kept
@@ -132,7 +188,7 @@ FP_INLINE vf verf(vf x) {
   q = fma(q, s, splat(-1.68282697438203e-03f));
   q = fma(q, s, splat(-7.37332916720468e-03f));
   q = fma(q, s, splat(-1.42647390514189e-02f));
-  return x * p / q;
+  return quotient(x * p, q);
 }
 
 enum { IDENTITY, RELU, GELU, GELU_TANH, SILU };  // the values of fp_activation
@@ -170,9 +226,10 @@ FP_INLINE vf activate_grad(int kind, vf z) {
   }
 }
 
+// dst is written in whole vectors: up to VL - 1 floats behind `padded`
 template <class T> FP_INLINE void load_row(const T* src, float* dst, int n, int padded) {
   for (int j = 0; j < n; j += VL) store(dst + j, load(src + j, n - j));
-  for (int j = (n + VL - 1) / VL * VL; j < padded; ++j) dst[j] = 0.f;
+  for (int j = (n + VL - 1) / VL * VL; j < padded; j += VL) store(dst + j, vf{});
 }
 template <class T> FP_INLINE void store_row(T* dst, const float* src, int n) {
   for (int j = 0; j < n; j += VL) store(dst + j, load(src + j), n - j);
