@@ -17,8 +17,8 @@ SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes one block can h
 TENSOR_CORE = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTCHMMA")}
 PRODUCTS = ("forward_fused", "forward_down", "forward_up", "backward_fused", "backward_dz", "backward_dx")
 # ptxas gives up a few registers of its own accord where that fits one more block on an SM (128 instead of 130 registers
-# for two blocks of 256 threads, say). So many bytes per thread are not a tile that is too large.
-SPILL_LIMIT = 32
+# for two blocks of 256 threads, say). That few bytes do not mean a tile too large: those spilled 176 and up.
+SPILL_LIMIT = 64
 
 
 def compile_all(*arguments):
@@ -69,7 +69,7 @@ def test_what_counts_as_a_complaint():
     assert list(complaints([good])) == []
     for message, change in {
         "too much shared memory": dict(shared=166_913),
-        "spills registers": dict(stack=40),
+        "spills registers": dict(stack=72),
         "no tensor-core instruction": dict(instructions={"FFMA": 100}),
     }.items():
         (found,) = complaints([good | change])
