@@ -182,6 +182,12 @@ template <int PLANES> struct EngineAmx {
       _tile_dpbf16ps(3, 5, 7);                          \
     }                                                   \
   }
+#define FP_TILE_FETCH(sixth) /* the next step's B, while the tile unit is busy */        \
+  for (int64_t q = (sixth) * step / 6; q < ((sixth) + 1) * step / 6; q += 32) {          \
+    _mm_prefetch((const char*)(b0 + step + q), _MM_HINT_T0);                             \
+    _mm_prefetch((const char*)(b1 + step + q), _MM_HINT_T0);                             \
+  }
+    constexpr int64_t step = PLANES * TILE;
     asm volatile("" ::: "memory");  // the tile loads below carry no memory clobber of their own
     if (accumulate) {
       _tile_loadd(0, c, NP * 4);
@@ -196,16 +202,15 @@ template <int PLANES> struct EngineAmx {
       _tile_zero(2);
       _tile_zero(3);
     }
-    constexpr int64_t step = PLANES * TILE;
     for (int64_t t = 0; t < kt; ++t, a0 += step, a1 += step, b0 += step, b1 += step) {
       for (int64_t i = 0; i < fetch; ++i, next += 32) _mm_prefetch((const char*)next, _MM_HINT_T1);
       if (PLANES == 3) {  // small terms first; each step changes one operand pair
-        FP_TILE_A(0) FP_TILE_B(2) FP_TILE_DOT
-        FP_TILE_B(1) FP_TILE_DOT
-        FP_TILE_A(1) FP_TILE_DOT
-        FP_TILE_B(0) FP_TILE_DOT
-        FP_TILE_A(2) FP_TILE_DOT
-        FP_TILE_A(0) FP_TILE_DOT
+        FP_TILE_A(0) FP_TILE_B(2) FP_TILE_DOT FP_TILE_FETCH(0)
+        FP_TILE_B(1) FP_TILE_DOT FP_TILE_FETCH(1)
+        FP_TILE_A(1) FP_TILE_DOT FP_TILE_FETCH(2)
+        FP_TILE_B(0) FP_TILE_DOT FP_TILE_FETCH(3)
+        FP_TILE_A(2) FP_TILE_DOT FP_TILE_FETCH(4)
+        FP_TILE_A(0) FP_TILE_DOT FP_TILE_FETCH(5)
       } else {
         FP_TILE_A(0) FP_TILE_B(0) FP_TILE_DOT
       }
@@ -219,6 +224,7 @@ template <int PLANES> struct EngineAmx {
 #undef FP_TILE_A
 #undef FP_TILE_B
 #undef FP_TILE_DOT
+#undef FP_TILE_FETCH
   }
 };
 
