@@ -14,6 +14,11 @@ template <class T, class E> struct Attention {
     const T* base;
     int64_t stride;
     const T* row(int64_t t) const { return base + t * stride; }
+    // a few hundred bytes each, far apart: the hardware does not see the pattern. Call it while packing rows in order.
+    const T* next_row(int64_t t, int64_t dim) const {
+      fetch(row(t + 12), dim * sizeof(T));
+      return row(t);
+    }
   };
   static Head head(const void* p, const fp_attention& a, int64_t bh, int which, int parts) {
     const int64_t hd = (int64_t)a.heads * a.head_dim, b = bh / a.heads, h = bh % a.heads;
@@ -22,18 +27,18 @@ template <class T, class E> struct Attention {
   // rows [r0, r0 + m) as left operand
   static void pack_a(Elem* out, const Head& x, int64_t r0, int64_t m, int64_t dim, float* tmp) {
     for (int64_t i = 0; i < m; ++i) {
-      load_row(x.row(r0 + i), tmp, dim, E::pad_k(dim));
+      load_row(x.next_row(r0 + i, dim), tmp, dim, E::pad_k(dim));
       E::put_a_row(out, dim, i, tmp);
     }
     E::zero_a_rows(out, dim, m);
   }
   // B[k = dim, n = tokens]: the transpose
   static void pack_transposed(Elem* out, const Head& x, int64_t n, int64_t dim) {
-    pack_columns<E>(out, dim, n, 0, column_groups<E>(n), [&](int64_t i) { return x.row(i); });
+    pack_columns<E>(out, dim, n, 0, column_groups<E>(n), [&](int64_t i) { return x.next_row(i, dim); });
   }
   // B[k = tokens r0.., n = dim]
   static void pack_b(Elem* out, const Head& x, int64_t r0, int64_t k, int64_t dim) {
-    pack_rows<E>(out, k, dim, 0, E::pad_k(k) / 2, [&](int64_t i) { return x.row(r0 + i); });
+    pack_rows<E>(out, k, dim, 0, E::pad_k(k) / 2, [&](int64_t i) { return x.next_row(r0 + i, dim); });
   }
   // scratch of one task: tmp rows, then what carve() hands out
   struct Arena {

@@ -144,14 +144,15 @@ template <int PLANES> struct EngineAmx {
     return b + (j * 2 * pad_k(k) / 32 + k0 / 32) * PLANES * TILE;
   }
 
-  // bk: the depth B was packed with (its second column tile lies that far behind the first). With one plane the depth is
-  // cut into slices of 256, so that B's slice stays in the first-level cache, and the next panel is fetched meanwhile;
-  // with three planes the tile unit itself is the limit and both only cost.
+  // bk: the depth B was packed with (its second column tile lies that far behind the first). The next panel of B is
+  // fetched into the second-level cache on the way, a few lines a step. With one plane the depth is cut into slices of
+  // 256, so that B's slice stays in the first-level cache; with three the extra loads and stores of C cost more.
   static void gemm(const Elem* a, int64_t kb, int64_t m, const Elem* b, int64_t bk, float* c, bool accumulate) {
     constexpr int64_t step = PLANES * TILE;
     const int64_t kt = pad_k(kb) / 32, slice = PLANES == 1 ? 8 : kt, pairs = (m + 31) / 32;
     const Elem *b1 = b + pad_k(bk) / 32 * step, *next = b1 + pad_k(bk) / 32 * step;
-    const int64_t fetch = PLANES == 1 ? (2 * kt * TILE / 32 + pairs * kt - 1) / (pairs * kt) : 0;  // cache lines a step
+    int64_t fetch = (2 * kt * step / 32 + pairs * kt - 1) / (pairs * kt);  // cache lines a step
+    if (PLANES == 3) fetch = fetch > 24 ? 0 : fetch / 6 * 6;               // in sixths; too few rows: not worth it
     for (int64_t t0 = 0; t0 < kt; t0 += slice) {
       const int64_t n = kt - t0 < slice ? kt - t0 : slice;
       const Elem* ai = a + t0 * step;
@@ -182,10 +183,13 @@ template <int PLANES> struct EngineAmx {
       _tile_dpbf16ps(3, 5, 7);                          \
     }                                                   \
   }
-#define FP_TILE_FETCH(sixth) /* the next step's B, while the tile unit is busy */        \
-  for (int64_t q = (sixth) * step / 6; q < ((sixth) + 1) * step / 6; q += 32) {          \
-    _mm_prefetch((const char*)(b0 + step + q), _MM_HINT_T0);                             \
-    _mm_prefetch((const char*)(b1 + step + q), _MM_HINT_T0);                             \
+#define FP_TILE_FETCH(sixth) /* the next step's B, and some of the next panel, while the tile unit is busy */ \
+  {                                                                                           \
+    for (int64_t q = (sixth) * step / 6; q < ((sixth) + 1) * step / 6; q += 32) {              \
+      _mm_prefetch((const char*)(b0 + step + q), _MM_HINT_T0);                                \
+      _mm_prefetch((const char*)(b1 + step + q), _MM_HINT_T0);                                \
+    }                                                                                         \
+    for (int64_t q = 0; q < fetch / 6; ++q, next += 32) _mm_prefetch((const char*)next, _MM_HINT_T1); \
   }
     constexpr int64_t step = PLANES * TILE;
     asm volatile("" ::: "memory");  // the tile loads below carry no memory clobber of their own
@@ -203,7 +207,8 @@ template <int PLANES> struct EngineAmx {
       _tile_zero(3);
     }
     for (int64_t t = 0; t < kt; ++t, a0 += step, a1 += step, b0 += step, b1 += step) {
-      for (int64_t i = 0; i < fetch; ++i, next += 32) _mm_prefetch((const char*)next, _MM_HINT_T1);
+      if (PLANES == 1)
+        for (int64_t i = 0; i < fetch; ++i, next += 32) _mm_prefetch((const char*)next, _MM_HINT_T1);
       if (PLANES == 3) {  // small terms first; each step changes one operand pair
         FP_TILE_A(0) FP_TILE_B(2) FP_TILE_DOT FP_TILE_FETCH(0)
         FP_TILE_B(1) FP_TILE_DOT FP_TILE_FETCH(1)

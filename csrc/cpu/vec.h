@@ -144,31 +144,43 @@ template <class T> FP_INLINE void stream(T* p, vf v, int64_t n) {
 #endif
   store(p, v, n);
 }
+FP_INLINE void fetch(const void* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+}
 FP_INLINE void fence() {
 #if defined(__AVX512F__)
   _mm_sfence();
 #endif
 }
 
-// exp to about 1 ulp (Cephes' reduction and polynomial); 0 below -87.3, NaN kept
-FP_INLINE vf vexp(vf x) {
-  vf c = x < splat(-87.3f) ? splat(-87.3f) : x;
-  c = c > splat(88.7f) ? splat(88.7f) : c;
-  vf t = fma(c, splat(1.44269504088896341f), splat(12582912.f));  // 1.5 * 2^23: rounds to an integer
-  vf n = t - splat(12582912.f);
-  vf r = fma(n, splat(-0.693359375f), c);
-  r = fma(n, splat(2.12194440e-4f), r);
+// exp to about 1 ulp (Cephes' reduction and polynomial); 0 where that underflows, NaN kept
+FP_INLINE vf exp_polynomial(vf r) {
   vf p = splat(1.9875691500e-4f);
   p = fma(p, r, splat(1.3981999507e-3f));
   p = fma(p, r, splat(8.3334519073e-3f));
   p = fma(p, r, splat(4.1665795894e-2f));
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p * r, r, r) + splat(1.f);
-  vi e = ((vi)t - ((vi){} + 0x4B400000) + 127) << 23;
-  vf y = p * (vf)e;
-  return x < splat(-87.3f) ? splat(0.f) : y;
+  return fma(p * r, r, r) + splat(1.f);
 }
+#if defined(__AVX512F__)
+FP_INLINE vf vexp(vf x) {  // min and max return their second operand for NaN; scalef rounds to zero and overflows by itself
+  vf c = (vf)_mm512_min_ps(_mm512_set1_ps(89.f), _mm512_max_ps(_mm512_set1_ps(-104.f), (__m512)x));
+  vf n = (vf)_mm512_roundscale_ps((__m512)(c * splat(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), c));
+  return (vf)_mm512_scalef_ps((__m512)exp_polynomial(r), (__m512)n);
+}
+#else
+FP_INLINE vf vexp(vf x) {
+  vf c = x < splat(-87.3f) ? splat(-87.3f) : x;
+  c = c > splat(88.7f) ? splat(88.7f) : c;
+  vf t = fma(c, splat(1.44269504088896341f), splat(12582912.f));  // 1.5 * 2^23: rounds to an integer
+  vf n = t - splat(12582912.f);
+  vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), c));
+  vi e = ((vi)t - ((vi){} + 0x4B400000) + 127) << 23;
+  return x < splat(-87.3f) ? splat(0.f) : exp_polynomial(r) * (vf)e;
+}
+#endif
 FP_INLINE vf sigmoid(vf x) { return splat(1.f) / (splat(1.f) + vexp(-x)); }
 
 // erf as x P(x^2) / Q(x^2) on [-4, 4]; largest error 2e-7 (checked in tests/ops against torch)
