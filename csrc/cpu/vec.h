@@ -163,14 +163,6 @@ FP_INLINE vf exp_polynomial(vf r) {
   p = fma(p, r, splat(5.0000001201e-1f));
   return fma(p * r, r, r) + splat(1.f);
 }
-#if defined(__AVX512F__)
-FP_INLINE vf vexp(vf x) {  // min and max return their second operand for NaN; scalef rounds to zero and overflows by itself
-  vf c = (vf)_mm512_min_ps(_mm512_set1_ps(89.f), _mm512_max_ps(_mm512_set1_ps(-104.f), (__m512)x));
-  vf n = (vf)_mm512_roundscale_ps((__m512)(c * splat(1.44269504088896341f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  vf r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), c));
-  return (vf)_mm512_scalef_ps((__m512)exp_polynomial(r), (__m512)n);
-}
-#else
 FP_INLINE vf vexp(vf x) {
   vf c = x < splat(-87.3f) ? splat(-87.3f) : x;
   c = c > splat(88.7f) ? splat(88.7f) : c;
@@ -180,7 +172,6 @@ FP_INLINE vf vexp(vf x) {
   vi e = ((vi)t - ((vi){} + 0x4B400000) + 127) << 23;
   return x < splat(-87.3f) ? splat(0.f) : exp_polynomial(r) * (vf)e;
 }
-#endif
 FP_INLINE vf sigmoid(vf x) { return splat(1.f) / (splat(1.f) + vexp(-x)); }
 
 // erf as x P(x^2) / Q(x^2) on [-4, 4]; largest error 2e-7 (checked in tests/ops against torch)

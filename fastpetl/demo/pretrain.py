@@ -49,7 +49,7 @@ class Pretext:
         self.colour, self.shape = colour.nonzero().flatten(), (~colour).nonzero().flatten()
         self.names = data.COLOURS + data.SHAPES
         self.words = torch.tensor(tokenizer.convert_tokens_to_ids(list(self.names)))
-        self.mask_id = tokenizer.mask_token_id
+        self.mask_id, self.unknown_id = tokenizer.mask_token_id, tokenizer.unk_token_id
         self.rng = torch.Generator().manual_seed(seed)
 
     def _draw(self, pool: torch.Tensor, n: int) -> torch.Tensor:
@@ -63,21 +63,45 @@ class Pretext:
         shifts = torch.randint(2 * margin + 1, (len(pixels), 2), generator=self.rng).tolist()
         return torch.stack([image[:, y : y + h, x : x + w] for image, (y, x) in zip(padded, shifts, strict=True)])
 
-    def masked(self, tensors: data.Tensors, indices: torch.Tensor):
-        """(inputs, where the masked words are [n, MAX_TEXT], the words as token ids, as indices into ANSWERS)."""
+    def wrong(self, words: torch.Tensor) -> torch.Tensor:
+        """For each word one of its kind, a colour for a colour, drawn at random (perhaps itself)."""
+        n = len(data.COLOURS)
+        colours = self.words[torch.randint(n, words.shape, generator=self.rng)]
+        shapes = self.words[n + torch.randint(len(data.SHAPES), words.shape, generator=self.rng)]
+        return torch.where(torch.isin(words, self.words[:n]), colours, shapes)
+
+    def masked(self, tensors: data.Tensors, indices: torch.Tensor, replaced: float = 0.0):
+        """(inputs, where the masked words are [n, MAX_TEXT], the words as token ids, as indices into ANSWERS).
+
+        A share ``replaced`` of the words is not masked but replaced by a random one, as in BERT's objective: a model
+        that only ever sees masks takes a colour it is shown later on for the answer.
+        """
         inputs = tensors.batch(indices)
         hidden = torch.isin(inputs["input_ids"], self.words)
         words = inputs["input_ids"][hidden]
-        inputs["input_ids"] = inputs["input_ids"].masked_fill(hidden, self.mask_id)
+        keep = torch.rand(words.shape, generator=self.rng) < replaced
+        inputs["input_ids"] = inputs["input_ids"].clone()
+        inputs["input_ids"][hidden] = torch.where(keep, self.wrong(words), self.mask_id)
         answers = (words[:, None] == self.words).int().argmax(1) + len(data.YES_NO)
         return inputs, hidden, words, answers
 
     def batch(self, size: int):
         """A training batch.  Three words in four are shapes, which take ten times as long to learn as the colours."""
         indices = [self._draw(self.colour, size // 4), self._draw(self.shape, size - size // 4)]
-        inputs, *rest = self.masked(self.train, torch.cat(indices))
+        inputs, *rest = self.masked(self.train, torch.cat(indices), replaced=0.5)
         inputs["pixel_values"] = self.augment(inputs["pixel_values"])
+        inputs["input_ids"] = self.forget(inputs["input_ids"], rest[0])
         return inputs, *rest
+
+    def forget(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Make a share of each statement's words [UNK], drawn evenly between none and all.
+
+        Which attribute is asked for is then not always told, so that the pooled output carries both.  Otherwise all
+        hangs on the word "shape", which is in every statement about a colour and asks for the opposite later on.
+        """
+        share = torch.rand(len(ids), 1, generator=self.rng)
+        ordinary = (ids > self.mask_id) & ~hidden
+        return torch.where(ordinary & (torch.rand(ids.shape, generator=self.rng) < share), self.unknown_id, ids)
 
 
 class Teacher(torch.nn.Module):
