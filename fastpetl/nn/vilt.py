@@ -128,6 +128,44 @@ class FusedDASViltLayer(_FusedBlock, DASViltLayer):
         return fused_adapter(adapter, x, (x, f), for_op("adapter", self._fastpetl_backend))
 
 
+class FusedViltPatchEmbeddings(modeling_vilt.ViltPatchEmbeddings):
+    """ViltPatchEmbeddings, same numbers: patches do not overlap, so the frozen convolution is one linear per patch and
+    takes the fastest GEMM. On the CPU; cuDNN's convolution is left alone. Made by `fastpetl.patch`, never constructed.
+    """
+
+    _fastpetl_backend = "auto"
+    _fastpetl_fallback = None
+    structure = structure(projection=nn.Conv2d)
+
+    def forward(self, pixel_values):
+        conv = self.projection
+        reason = call_reason(self, self.structure, pixel_values)
+        if reason is None and (pixel_values.device.type != "cpu" or pixel_values.dim() != 4):
+            reason = "not a batch of images on the CPU"
+        if reason is None and pixel_values.shape[1] == self.num_channels and not _trains(conv):
+            return self._patches(pixel_values, conv)
+        if reason is not None:
+            note_fallback(self, reason)
+        return super().forward(pixel_values)
+
+    def _patches(self, x, conv):
+        """Semantics: the convolution's [B, d, H / p, W / q], as a view of [B, H / p, W / q, d]."""
+        from fastpetl import ops
+        from fastpetl.backends import for_op
+
+        p, q = conv.kernel_size
+        batch, channels, height, width = x.shape
+        h, w = height // p, width // q
+        x = x[:, :, : h * p, : w * q].reshape(batch, channels, h, p, w, q).permute(0, 2, 4, 1, 3, 5)
+        weights, biases = (conv.weight.flatten(1),), None if conv.bias is None else (conv.bias,)
+        backend = for_op("linear", self._fastpetl_backend)
+        return ops.linear(x.reshape(batch, h, w, -1), weights, biases, backend=backend).permute(0, 3, 1, 2)
+
+
+def _trains(module: nn.Module) -> bool:
+    return torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters())
+
+
 class _SharedMask:
     """Tells the layers when a mask depends on the key alone, as ViltModel's always does.
 
@@ -193,3 +231,4 @@ def _attend(attention, qkv: torch.Tensor, mask: torch.Tensor | None, backend: st
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
 FusedViltLayer.__name__ = FusedDASViltLayer.__name__ = "ViltLayer"
 FusedViltEncoder.__name__ = FusedSkipViltEncoder.__name__ = "ViltEncoder"
+FusedViltPatchEmbeddings.__name__ = "ViltPatchEmbeddings"

@@ -65,6 +65,19 @@ def _note_layer(layer) -> str:
     return "; ".join(notes)
 
 
+def _check_patches(embeddings) -> str | None:
+    from fastpetl.nn import vilt
+    from fastpetl.nn.inline import structure_reason
+
+    reason = structure_reason(embeddings, vilt.FusedViltPatchEmbeddings.structure)
+    if reason is not None:
+        return reason
+    conv = embeddings.projection
+    if conv.stride != conv.kernel_size or conv.padding != (0, 0) or conv.dilation != (1, 1) or conv.groups != 1:
+        return f"projection is {conv}, expected one whose stride is its kernel, without padding, dilation or groups"
+    return None
+
+
 def _check_encoder(encoder) -> str | None:
     return _library_reason()
 
@@ -79,6 +92,7 @@ RULES = (
         ops=("linear", "attention", "adapter"),
         **_LAYER,
     ),
+    Rule("vilt.patches", f"{_HF}:ViltPatchEmbeddings", f"{_NN}:FusedViltPatchEmbeddings", _check_patches, ("linear",)),
     Rule("vilt.encoder", f"{_HF}:ViltEncoder", f"{_NN}:FusedViltEncoder", check=_check_encoder),
     Rule("vilt.encoder", f"{_DAS}:SkipViltEncoder", f"{_NN}:FusedSkipViltEncoder", check=_check_encoder),
 )
