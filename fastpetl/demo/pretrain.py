@@ -49,10 +49,7 @@ class Pretext:
         self.colour, self.shape = colour.nonzero().flatten(), (~colour).nonzero().flatten()
         self.names = data.COLOURS + data.SHAPES
         self.words = torch.tensor(tokenizer.convert_tokens_to_ids(list(self.names)))
-        self.mask_id, self.unknown_id, self.pad_id = (
-            tokenizer.convert_tokens_to_ids(t) for t in ("[MASK]", "[UNK]", "[PAD]")
-        )
-        self.start_id, self.end_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+        self.mask_id, self.unknown_id = tokenizer.mask_token_id, tokenizer.unk_token_id
         self.rng = torch.Generator().manual_seed(seed)
 
     def _draw(self, pool: torch.Tensor, n: int) -> torch.Tensor:
@@ -94,10 +91,7 @@ class Pretext:
         inputs, hidden, words, answers = self.masked(self.train, torch.cat(indices), replaced=0.5)
         inputs["pixel_values"] = self.augment(inputs["pixel_values"])
         inputs["input_ids"] = self.forget(inputs["input_ids"], hidden)
-        unknown = torch.rand(size, generator=self.rng) < 0.25
-        inputs["input_ids"][unknown], inputs["attention_mask"][unknown] = self.unknown_texts(int(unknown.sum()))
-        hidden[unknown] = False
-        return inputs, hidden, words[~unknown], answers
+        return inputs, hidden, words, answers
 
     def forget(self, ids: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
         """Make a share of each statement's words [UNK], drawn evenly between none and all.
@@ -108,17 +102,6 @@ class Pretext:
         share = torch.rand(len(ids), 1, generator=self.rng)
         ordinary = (ids > self.mask_id) & ~hidden
         return torch.where(ordinary & (torch.rand(ids.shape, generator=self.rng) < share), self.unknown_id, ids)
-
-    def unknown_texts(self, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """(input_ids, attention_mask) of texts that say nothing: [CLS], any number of [UNK], [SEP].
-
-        They do not tell which attribute is asked for, so the pooled output learns to carry both.
-        """
-        position = torch.arange(data.MAX_TEXT).expand(n, -1)
-        end = torch.randint(2, data.MAX_TEXT, (n, 1), generator=self.rng)
-        ids = torch.where(position == end, self.end_id, self.unknown_id).masked_fill(position > end, self.pad_id)
-        ids[:, 0] = self.start_id
-        return ids, (position <= end).long()
 
 
 class Teacher(torch.nn.Module):
