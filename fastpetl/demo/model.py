@@ -26,10 +26,10 @@ class Settings:
 
     seed: int = 0
     threads: int = 2
-    batch: int = 64
-    steps: int = 150
-    full_lr: float = 5e-4
-    adapter_lr: float = 2e-3
+    batch: int = 32
+    steps: int = 320
+    full_lr: float = 1e-3
+    adapter_lr: float = 3e-3
     train_limit: int | None = None  # questions; None is all
     test_limit: int | None = None
     timing_pairs: int = 24

@@ -4,11 +4,11 @@
     python -m fastpetl.demo.pretrain --work pretrain-run --bf16
 
 The objective is ViLT's masked language modelling in small.  A yes/no question and its answer say what the image shows
-("is there a circle?" yes, "is no red shape present?" no); the colour or shape in such a question is masked, and the
-model fills it in, once at the masked word and once from the pooled output that question answering reads.  Answering
-yes or no itself is not part of it: a model of this size stays at chance for hours on that.  The open questions, which
-are the downstream task, and the test split are not read.  One training image in twenty is kept aside to watch
-generalisation.  The run checkpoints into --work and resumes from there; the exported weights are fp16.
+("is there a circle?" yes, "is no red shape present?" no); the colour or shape in such a question is hidden, and the
+model tells it, once at the word itself and once from the pooled output that question answering reads.  Answering yes
+or no is not part of it: that stayed at chance for two thousand steps.  The open questions, which are the downstream
+task, and the test split are not read.  One training image in twenty is kept aside to watch generalisation.  The run
+checkpoints into --work and resumes from there; the exported weights are fp16.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def informative(question: data.Question) -> bool:
 
 
 class Pretext:
-    """Batches of true statements with the colour or shape masked."""
+    """Batches of true statements with the colour or shape hidden."""
 
     def __init__(self, seed: int, quiet: bool = False):
         questions = [q for q in data.pretext(data.load_questions("train")) if informative(q)]
@@ -43,9 +43,8 @@ class Pretext:
         train = [q for q in questions if q.image % HOLD_OUT]
         self.train = data.Tensors(train, images, tokenizer)
         self.held_out = data.Tensors([q for q in questions if q.image % HOLD_OUT == 0], images, tokenizer)
-        colour = torch.tensor(
-            [" shape" in q.text for q in train]
-        )  # "a red shape" tells the colour, "a circle" the shape
+        # "a red shape" tells the colour, "a circle" the shape
+        colour = torch.tensor([" shape" in q.text for q in train])
         self.colour, self.shape = colour.nonzero().flatten(), (~colour).nonzero().flatten()
         self.names = data.COLOURS + data.SHAPES
         self.words = torch.tensor(tokenizer.convert_tokens_to_ids(list(self.names)))
