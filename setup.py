@@ -32,6 +32,7 @@ AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
 ISA_FLAGS = {  # by the end of a file's name in csrc/cpu; which of them runs is decided at run time
     "_avx2.cpp": "-mavx2 -mfma -mf16c",
     "_avx512.cpp": AVX512,
+    "_avx512bf16.cpp": AVX512 + " -mavx512bf16",
     "_amx.cpp": AVX512 + " -mavx512bf16 -mamx-tile -mamx-bf16",
 }
 

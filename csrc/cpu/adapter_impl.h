@@ -13,21 +13,21 @@ template <class T, class E> struct Adapter {
   // y = x W^T wants B[k = columns of W, n = rows of W]
   static Elem* pack_weight_columns(int slot, const void* w, int64_t rows, int64_t cols) {
     Elem* out = scratch<Elem>(slot, columns_size<E>(cols, rows));
-    parallel(column_groups<E>(rows), 1, [&](int64_t begin, int64_t end) {
+    parallel(column_groups<E>(rows), grain(400. * cols), [&](int64_t begin, int64_t end) {
       pack_columns<E>(out, cols, rows, begin, end, [&](int64_t i) { return (const T*)w + i * cols; });
     });
     return out;
   }
   static Elem* pack_weight_rows(int slot, const void* w, int64_t rows, int64_t cols) {
     Elem* out = scratch<Elem>(slot, E::b_size(rows, cols));
-    parallel(E::pad_k(rows) / 2, 8, [&](int64_t begin, int64_t end) {
+    parallel(E::pad_k(rows) / 2, grain(40. * cols), [&](int64_t begin, int64_t end) {
       pack_rows<E>(out, rows, cols, begin, end, [&](int64_t i) { return (const T*)w + i * cols; });
     });
     return out;
   }
 
-  template <class Body> static void row_blocks(int64_t rows, const Body& body) {
-    parallel((rows + E::UNIT - 1) / E::UNIT, 1, [&](int64_t begin, int64_t end) {
+  template <class Body> static void row_blocks(int64_t rows, int64_t d, int64_t r, const Body& body) {
+    parallel((rows + E::UNIT - 1) / E::UNIT, grain(4. * E::UNIT * d * (r + 16)), [&](int64_t begin, int64_t end) {
       typename E::Session session;
       (void)session;
       for (int64_t u = begin; u < end; u += E::BLOCK_UNITS) {
@@ -43,7 +43,7 @@ template <class T, class E> struct Adapter {
     const Elem* wu = pack_weight_columns(1, p.w_up, d, r);
     const float *gamma = load_vector<T>(2, p.norm_weight, d), *beta = load_vector<T>(3, p.norm_bias, d);
     const float *bd = load_vector<T>(10, p.b_down, r), *bu = load_vector<T>(11, p.b_up, d);
-    row_blocks(p.rows, [&](int64_t r0, int64_t m) {
+    row_blocks(p.rows, d, r, [&](int64_t r0, int64_t m) {
       const T* x = (const T*)p.x + r0 * d;
       float* row = scratch<float>(4, width);
       Elem *a = scratch<Elem>(5, E::a_size(m, d)), *h = scratch<Elem>(6, E::a_size(m, r));
@@ -100,7 +100,7 @@ template <class T, class E> struct Adapter {
     const Elem* wu = pack_weight_rows(0, p.w_up, d, r);
     const Elem* wd = p.dx ? pack_weight_rows(1, p.w_down, r, d) : nullptr;
     const float* gamma = load_vector<T>(2, p.norm_weight, d);
-    row_blocks(p.rows, [&](int64_t r0, int64_t m) {
+    row_blocks(p.rows, d, r, [&](int64_t r0, int64_t m) {
       const T *g = (const T*)p.grad + r0 * d, *x = (const T*)p.x + r0 * d, *z = (const T*)p.z + r0 * r;
       float *row = scratch<float>(4, width), *xrow = scratch<float>(9, width);
       Elem *a = scratch<Elem>(5, E::a_size(m, d)), *da = scratch<Elem>(6, E::a_size(m, r));
@@ -146,7 +146,7 @@ template <class T, class E> struct Adapter {
     float* dc = scratch<float>(13, round_up(r, 64));
     memset(dc, 0, round_up(r, 64) * 4);
     // dz^T and h^T as left operands, one after the other chunk of rows
-    parallel(chunks * groups, 1, [&](int64_t begin, int64_t end) {
+    parallel(chunks * groups, grain(400. * (rows < chunk ? rows : chunk)), [&](int64_t begin, int64_t end) {
       float* h = scratch<float>(7, chunk * 16);
       for (int64_t t = begin; t < end; ++t) {
         const int64_t q = t / groups, i0 = t % groups * 16, n = r - i0 < 16 ? r - i0 : 16;
@@ -164,7 +164,7 @@ template <class T, class E> struct Adapter {
     if (!(down || up_ || p.db_up || p.dnorm_bias)) return;
     const float *gamma = load_vector<T>(2, p.norm_weight, d), *beta = load_vector<T>(3, p.norm_bias, d);
     const int64_t groups_d = (d + GROUP - 1) / GROUP;
-    parallel(groups_d * 2, 1, [&](int64_t begin, int64_t end) {
+    parallel(groups_d * 2, grain(2. * rows * GROUP * (r + 16)), [&](int64_t begin, int64_t end) {
       typename E::Session session;
       (void)session;
       for (int64_t t = begin; t < end; ++t) {

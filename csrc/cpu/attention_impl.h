@@ -50,7 +50,7 @@ template <class T, class E> struct Attention {
     }
   };
   template <class Body> static void heads(const fp_attention& a, size_t bytes, const Body& body) {
-    parallel(a.batch * a.heads, 1, [&](int64_t begin, int64_t end) {
+    parallel(a.batch * a.heads, grain(4. * a.tokens * (a.tokens + 16) * (a.head_dim + 16)), [&](int64_t begin, int64_t end) {
       typename E::Session session;
       (void)session;
       for (int64_t bh = begin; bh < end; ++bh) body(bh, Arena{(char*)scratch(4, bytes)});

@@ -11,6 +11,7 @@ namespace fp_portable { extern const fp_kernels table; }
 #if FASTPETL_X86
 namespace fp_avx2 { extern const fp_kernels table; }
 namespace fp_avx512 { extern const fp_kernels table; }
+namespace fp_avx512bf16 { extern const fp_kernels table; }
 namespace fp_amx { extern const fp_kernels table; }
 #endif
 
@@ -25,16 +26,19 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
+// edx or eax of cpuid leaf 7: what gcc's built-in test of older compilers does not know
+unsigned leaf7(unsigned sub, bool edx) {
+  unsigned a = 7, b = 0, c = sub, d = 0;
+  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+  return edx ? d : a;
+}
+bool has_avx512bf16() { return has_avx512() && (leaf7(1, false) >> 5 & 1); }
 bool has_amx() {
 #ifdef __linux__
-  unsigned a = 7, b = 0, c = 0, d = 0;
-  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  if (!(d >> 22 & 1) || !(d >> 24 & 1)) return false;  // amx-bf16, amx-tile
-  a = 7, c = 1;
-  asm volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  if (!(a >> 5 & 1)) return false;                      // avx512_bf16
-  const long request_permission = 0x1023, tile_data = 18;
-  return has_avx512() && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  const unsigned d = leaf7(0, true);
+  if (!(d >> 22 & 1) || !(d >> 24 & 1) || !has_avx512bf16()) return false;  // amx-bf16, amx-tile
+  const long request_permission = 0x1023, tile_data = 18;                   // the kernel keeps tiles off until asked
+  return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
 #endif
@@ -42,7 +46,7 @@ bool has_amx() {
 #endif
 
 struct Choice {
-  const fp_kernels* usable[4];
+  const fp_kernels* usable[5];
   int count = 0;
   const fp_kernels* active;
   char names[64] = "";
@@ -54,6 +58,7 @@ struct Choice {
   Choice() {
 #if FASTPETL_X86
     if (has_amx()) add(fp_amx::table);
+    if (has_avx512bf16()) add(fp_avx512bf16::table);
     if (has_avx512()) add(fp_avx512::table);
     if (has_avx2()) add(fp_avx2::table);
 #endif

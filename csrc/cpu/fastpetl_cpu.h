@@ -69,7 +69,7 @@ typedef void (*fp_task)(void* ctx, int64_t begin, int64_t end);
 extern void (*fp_parallel_for)(int64_t n, int64_t grain, fp_task task, void* ctx);
 
 extern "C" {
-const char* fastpetl_cpu_isa();              // "amx", "avx512", "avx2" or "portable"
+const char* fastpetl_cpu_isa();              // "amx", "avx512bf16", "avx512", "avx2" or "portable"
 const char* fastpetl_cpu_isas();             // those usable here, best first, separated by spaces
 int fastpetl_set_cpu_isa(const char* name);  // 0, or -1 where this CPU or build lacks it
 }

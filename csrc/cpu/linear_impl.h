@@ -25,11 +25,11 @@ template <class T, class E> struct Linear {
   static void pack(const fp_linear& a, void* out, int transposed) {
     const int64_t n = total(a);
     if (transposed)  // B[k = n, n = K] = W
-      parallel(E::pad_k(n) / 2, 32, [&](int64_t begin, int64_t end) {
+      parallel(E::pad_k(n) / 2, grain(40. * a.k), [&](int64_t begin, int64_t end) {
         pack_rows<E, true>((Elem*)out, n, a.k, begin, end, [&](int64_t i) { return weight_row(a, i); });
       });
     else  // B[k, n] = W[n, k]
-      parallel(column_groups<E>(n), 4, [&](int64_t begin, int64_t end) {
+      parallel(column_groups<E>(n), grain(400. * a.k), [&](int64_t begin, int64_t end) {
         pack_columns<E, true>((Elem*)out, a.k, n, begin, end, [&](int64_t i) { return weight_row(a, i); });
       });
   }
@@ -62,9 +62,9 @@ template <class T, class E> struct Linear {
     }
   }
   // runs body(r0, m) over blocks of rows that fit the cache
-  template <class Body> static void row_blocks(int64_t rows, int64_t depth, const Body& body) {
+  template <class Body> static void row_blocks(int64_t rows, int64_t depth, int64_t n, const Body& body) {
     const int64_t most = (depth > E::K_BLOCK ? 1 : 2) * E::BLOCK_UNITS;  // deep: all panels of C must stay too
-    parallel((rows + E::UNIT - 1) / E::UNIT, 1, [&](int64_t begin, int64_t end) {
+    parallel((rows + E::UNIT - 1) / E::UNIT, grain(2. * E::UNIT * depth * n), [&](int64_t begin, int64_t end) {
       typename E::Session session;
       (void)session;
       const int64_t units = end - begin, blocks = (units + most - 1) / most;
@@ -85,7 +85,7 @@ template <class T, class E> struct Linear {
         if (a.b[i]) for (int j = 0; j < a.n[i]; ++j) bias[at + j] = up(((const T*)a.b[i])[j]);
     const float *gamma = load_vector<T>(2, a.norm_weight, a.k), *beta = load_vector<T>(3, a.norm_bias, a.k);
     const bool large = a.rows * n * sizeof(T) > (12 << 20);
-    row_blocks(a.rows, a.k, [&](int64_t r0, int64_t m) {
+    row_blocks(a.rows, a.k, n, [&](int64_t r0, int64_t m) {
       const T* x = (const T*)a.x + r0 * a.k;
       float *row = scratch<float>(7, width), *stats = scratch<float>(8, 2 * m);
       auto fill = [&](int64_t k0, int64_t kn, Elem* ap) {
@@ -123,7 +123,7 @@ template <class T, class E> struct Linear {
     const Elem* b = packed_operand(a, n, 1);
     const float* gamma = load_vector<T>(2, a.norm_weight, a.k);
     const bool norm = a.prologue == FP_LAYERNORM;
-    row_blocks(a.rows, n, [&](int64_t r0, int64_t m) {
+    row_blocks(a.rows, n, a.k, [&](int64_t r0, int64_t m) {
       const T *g = (const T*)a.grad + r0 * n, *x = (const T*)a.x + r0 * a.k;
       T* dx = (T*)a.out + r0 * a.k;
       float *row = scratch<float>(7, width), *xrow = scratch<float>(9, width), *c = nullptr;

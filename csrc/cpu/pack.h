@@ -46,6 +46,9 @@ static void pack_rows(typename E::Elem* out, int64_t k, int64_t n, int64_t begin
   if (STREAM) fence();
 }
 
+// Items per parallel task: waking threads for less than about 20 us of work costs more than it gives
+static int64_t grain(double flops_per_item) { return 1 + (int64_t)(4e6 / (flops_per_item + 1)); }
+
 // A product [m, n] is kept as column panels [panel][rows][E::NP], panel_size floats each.
 template <class E> static int64_t panel_size(int64_t m) { return round_up(m, E::UNIT) * E::NP; }
 template <class E> static int64_t product_size(int64_t m, int64_t n) { return round_up(m, E::UNIT) * round_up(n, E::NP); }
