@@ -201,6 +201,7 @@ template <class T, class E> struct Adapter {
         for (int s = 0; s < 2; ++s) {
           const int64_t row = k0 + i + s;
           const bool there = i + s < k;
+          fetch(src + (row + 16) * d + j0, n * sizeof(T));
           const vf mean = splat(xhat && p.stats && there ? p.stats[2 * row] : 0.f), rstd = splat(xhat && p.stats && there ? p.stats[2 * row + 1] : 1.f);
           for (int64_t j = 0; j < n; j += VL) {
             vf v = there ? (load(src + row * d + j0 + j, n - j) - mean) * rstd : vf{};

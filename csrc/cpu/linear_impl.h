@@ -8,6 +8,7 @@ namespace FP_ISA {
 template <class T, class E> struct Linear {
   using Elem = typename E::Elem;
   // scratch slots: 0-3 of the calling thread (shared by its workers), 4-9 of each worker
+  static constexpr size_t LARGE = 12 << 20;  // bytes of output from which no cache keeps it for the next op
   static const T* weight_row(const fp_linear& a, int64_t row) {
     int i = 0;
     for (; row >= a.n[i]; ++i) row -= a.n[i];
@@ -84,7 +85,7 @@ template <class T, class E> struct Linear {
       for (int64_t i = 0, at = 0; i < a.count; at += a.n[i++])
         if (a.b[i]) for (int j = 0; j < a.n[i]; ++j) bias[at + j] = up(((const T*)a.b[i])[j]);
     const float *gamma = load_vector<T>(2, a.norm_weight, a.k), *beta = load_vector<T>(3, a.norm_bias, a.k);
-    const bool large = a.rows * n * sizeof(T) > (12 << 20);
+    const bool large = a.rows * n * sizeof(T) > LARGE;
     row_blocks(a.rows, a.k, n, [&](int64_t r0, int64_t m) {
       const T* x = (const T*)a.x + r0 * a.k;
       float *row = scratch<float>(7, width), *stats = scratch<float>(8, 2 * m);
@@ -122,7 +123,7 @@ template <class T, class E> struct Linear {
     const int64_t n = total(a), width = round_up(a.k > n ? a.k : n, 64) + 64;
     const Elem* b = packed_operand(a, n, 1);
     const float* gamma = load_vector<T>(2, a.norm_weight, a.k);
-    const bool norm = a.prologue == FP_LAYERNORM;
+    const bool norm = a.prologue == FP_LAYERNORM, large = a.rows * a.k * sizeof(T) > LARGE;
     row_blocks(a.rows, n, a.k, [&](int64_t r0, int64_t m) {
       const T *g = (const T*)a.grad + r0 * n, *x = (const T*)a.x + r0 * a.k;
       T* dx = (T*)a.out + r0 * a.k;
@@ -136,13 +137,18 @@ template <class T, class E> struct Linear {
       block(m, n, a.k, b, norm, &c, fill, [&](int64_t p, const float* cp) {
         if (norm) return;
         const int64_t j0 = p * E::NP, nc = a.k - j0 < E::NP ? a.k - j0 : E::NP;
-        for (int64_t i = 0; i < m; ++i)
+        const bool gelu = a.prologue == FP_PROLOGUE_GELU;
+        for (int64_t i = 0; i < m; ++i) {
+          const int64_t at = i * a.k + j0;
+          if (gelu) fetch(x + at + E::NP, E::NP * sizeof(T));  // the next panel's, needed after its product
           for (int64_t j = 0; j < nc; j += VL) {
             vf v = load(cp + i * E::NP + j);
-            if (a.prologue == FP_PROLOGUE_GELU) v *= activate_grad(GELU, load(x + i * a.k + j0 + j, nc - j));
-            store(dx + i * a.k + j0 + j, v, nc - j);
+            if (gelu) v *= activate_grad(GELU, load(x + at + j, nc - j));
+            large ? stream(dx + at + j, v, nc - j) : store(dx + at + j, v, nc - j);
           }
+        }
       });
+      if (large) fence();
       if (norm) {
         for (int64_t i = 0; i < m; ++i) {
           gather_row<E>(c, m, i, row, a.k);

@@ -144,8 +144,9 @@ template <class T> FP_INLINE void stream(T* p, vf v, int64_t n) {
 #endif
   store(p, v, n);
 }
+// Asks for memory that is needed soon, in a pattern that the hardware does not see
 FP_INLINE void fetch(const void* p, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
 }
 FP_INLINE void fence() {
 #if defined(__AVX512F__)
