@@ -28,7 +28,7 @@ class Settings:
     threads: int = 2
     batch: int = 32
     steps: int = 320
-    full_lr: float = 1e-3
+    full_lr: float = 5e-4
     adapter_lr: float = 3e-3
     train_limit: int | None = None  # questions; None is all
     test_limit: int | None = None
