@@ -7,7 +7,7 @@ namespace FP_ISA {
 
 struct EngineBf16 {
   using Elem = uint16_t;
-  static constexpr int MR = 8, NV = 3, NP = NV * VL, UNIT = 32, BLOCK_UNITS = 4, K_BLOCK = 1024;
+  static constexpr int MR = 8, NV = 3, NP = NV * VL, UNIT = 32, BLOCK_UNITS = 4, K_BLOCK = 1024, DEEP_K_BLOCK = 1024, DEEP_UNITS = 4;
 
   struct Session {};
   static int64_t pad_k(int64_t k) { return round_up(k, 32); }

@@ -15,7 +15,7 @@ struct EngineF32 {
 #else
   static constexpr int MR = 4, NV = 2;
 #endif
-  static constexpr int NP = NV * VL, UNIT = 32, BLOCK_UNITS = 4, K_BLOCK = 1024;
+  static constexpr int NP = NV * VL, UNIT = 32, BLOCK_UNITS = 4, K_BLOCK = 1024, DEEP_K_BLOCK = 1024, DEEP_UNITS = 4;
   static_assert(UNIT % MR == 0, "a row unit must hold whole register tiles");
 
   struct Session {};  // what a thread must set up before gemm: nothing

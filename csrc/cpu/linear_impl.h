@@ -45,7 +45,8 @@ template <class T, class E> struct Linear {
   // panel of NP columns, [m, NP]; with keep_all C keeps all panels, one behind the other.
   template <class Fill, class Done>
   static void block(int64_t m, int64_t depth, int64_t n, const Elem* b, bool keep_all, float** all, Fill fill, Done done) {
-    const int64_t chunks = (depth + E::K_BLOCK - 1) / E::K_BLOCK, kb = round_up((depth + chunks - 1) / chunks, 32);
+    const int64_t most = depth > E::K_BLOCK ? E::DEEP_K_BLOCK : E::K_BLOCK;
+    const int64_t chunks = (depth + most - 1) / most, kb = round_up((depth + chunks - 1) / chunks, 32);
     const int64_t panels = (n + E::NP - 1) / E::NP, size = panel_size<E>(m);
     const bool whole = keep_all || chunks > 1;
     Elem* ap = scratch<Elem>(5, E::a_size(m, kb));
@@ -64,7 +65,7 @@ template <class T, class E> struct Linear {
   }
   // runs body(r0, m) over blocks of rows that fit the cache
   template <class Body> static void row_blocks(int64_t rows, int64_t depth, int64_t n, const Body& body) {
-    const int64_t most = (depth > E::K_BLOCK ? 1 : 2) * E::BLOCK_UNITS;  // deep: all panels of C must stay too
+    const int64_t most = depth > E::K_BLOCK ? E::DEEP_UNITS : 2 * E::BLOCK_UNITS;
     parallel((rows + E::UNIT - 1) / E::UNIT, grain(2. * E::UNIT * depth * n), [&](int64_t begin, int64_t end) {
       typename E::Session session;
       (void)session;
