@@ -1,0 +1,108 @@
+"""The command line of the benchmarks. Each measurement runs in a process of its own, made ready before torch loads.
+
+One process per dtype holds all variants of that dtype, taken in turns. Not one for everything: on a CPU with AMX the
+fp32 one keeps oneDNN off AMX (so that routed eager computes in fp32), and bf16 needs it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from . import plan
+from .machine import cpu_flags, environment
+
+SCHEMA = 1
+ROUNDS = {"vilt": (9, 3), "adapter": (15, 5)}  # samples per variant: usually, and with --quick
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    only = tuple(part for part in args.only.split(",") if part)
+    jobs = plan.vilt_jobs(only, args.losses) if args.what == "vilt" else [{"kind": "time", "dtype": "all"}]
+    if not jobs:
+        print(f"bench: --only {args.only} matches nothing, expected a part of e.g. fp32/train/patched", file=sys.stderr)
+        return 2
+    common = {
+        "what": args.what,
+        "tiny": args.tiny,
+        "only": only,
+        "rounds": ROUNDS[args.what][args.quick],
+        "patience": 0.0 if args.tiny else 15.0 if args.quick else 120.0,
+        "malloc": "default" if args.default_malloc else "keeps its pages (mallopt)",
+    }
+    parts = []
+    for job in jobs:
+        part = _run({**common, **job})
+        if "refused" in part:
+            print(part["refused"], file=sys.stderr)
+            return 1
+        parts.append(part)
+    result = _merge(common, parts)
+    if args.json:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    _show(result)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastpetl bench",
+        description="Patched against unpatched: variants verified, then timed in turns in one process on 2 pinned "
+        "threads; ratios are of medians. Samples taken while other processes ran are thrown away and redone.",
+    )
+    parser.add_argument("what", choices=sorted(ROUNDS), help="vilt: a whole model; adapter: one fused site")
+    parser.add_argument("--quick", action="store_true", help="few samples")
+    parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
+    parser.add_argument(
+        "--only",
+        default="",
+        metavar="PART[,PART]",
+        help="run what contains a PART: vilt fp32/train/patched or bf16/memory/eager, adapter fp32/r96/forward/cpp",
+    )
+    parser.add_argument("--losses", action="store_true", help="vilt: compare 50 training losses as well (minutes)")
+    parser.add_argument("--default-malloc", action="store_true", help="leave glibc's malloc as it is")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests: sizes that mean nothing
+    return parser
+
+
+def _run(job: dict) -> dict:
+    """One measurement in a process of its own; its result, or {"refused": why}."""
+    cap = job["what"] == "vilt" and job["dtype"] == "fp32" and "amx_tile" in cpu_flags()
+    with tempfile.TemporaryDirectory(prefix="fastpetl-bench-") as folder:
+        ask, answer = Path(folder, "job.json"), Path(folder, "result.json")
+        ask.write_text(json.dumps(job))
+        command = [sys.executable, "-m", "fastpetl.bench.worker", str(ask), str(answer)]
+        code = subprocess.run(command, env=environment(cap_onednn=cap)).returncode
+        if not answer.exists():
+            return {"refused": f"bench: the process for {job['kind']} {job['dtype']} ended with status {code}"}
+        return json.loads(answer.read_text())
+
+
+def _merge(common: dict, parts: list[dict]) -> dict:
+    """All parts in one schema: lists are appended in the order of the jobs."""
+    result = {"schema": SCHEMA, "bench": common["what"], "settings": common, "machine": []}
+    for part in parts:
+        for key, value in part.items():
+            if isinstance(value, list):
+                result.setdefault(key, []).extend(value)
+            else:
+                result[key] = value
+    for key in ("rows", "ratios", "checks", "tuned", "memory"):
+        result.setdefault(key, [])
+    return result
+
+
+def _show(result: dict) -> None:
+    from . import report
+
+    seen = []
+    for facts in result["machine"]:
+        text = report.machine(facts)
+        if text not in seen:
+            seen.append(text)
+    print("\n\n".join([*seen, getattr(report, result["bench"])(result)]))

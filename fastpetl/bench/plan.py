@@ -1,0 +1,36 @@
+"""Names the benchmarks share, and which part of them was asked for. Imports nothing: read before torch may load."""
+
+from __future__ import annotations
+
+DTYPES = ("fp32", "bf16")
+MODES = ("inference", "train")
+VILT_VARIANTS = ("eager", "compile", "routed", "patched")
+MEMORY_VARIANTS = ("eager", "patched")
+
+
+def wants(only: tuple[str, ...], *path: str) -> bool:
+    """Semantics: is any of `only` a part of the path's parts joined by "/"? Everything is wanted if `only` is empty."""
+    return not only or any(part in "/".join(path) for part in only)
+
+
+def with_eager(names: list[str]) -> list[str]:
+    """Semantics: the names, eager first among them: it is the base of every ratio. Nothing stays nothing."""
+    return ["eager", *(name for name in names if name != "eager")] if names else []
+
+
+def vilt_variants(only: tuple[str, ...], dtype: str, mode: str) -> list[str]:
+    """Semantics: the variants of `bench vilt` to be timed. Routing concerns fp32 alone."""
+    names = [name for name in VILT_VARIANTS if wants(only, dtype, mode, name)]
+    return with_eager([name for name in names if dtype == "fp32" or name != "routed"])
+
+
+def vilt_jobs(only: tuple[str, ...], losses: bool) -> list[dict]:
+    """Semantics: the processes `bench vilt` consists of."""
+    jobs = []
+    for dtype in DTYPES:
+        if any(vilt_variants(only, dtype, mode) for mode in MODES):
+            jobs.append({"kind": "time", "dtype": dtype})
+    for dtype in DTYPES:
+        names = [name for name in MEMORY_VARIANTS if wants(only, dtype, "memory", name)]
+        jobs += [{"kind": "memory", "dtype": dtype, "variant": name} for name in names]
+    return [*jobs, {"kind": "losses", "dtype": "fp32"}] if losses else jobs

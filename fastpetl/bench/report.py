@@ -1,0 +1,129 @@
+"""The tables of the benchmarks, as text."""
+
+from __future__ import annotations
+
+
+def table(headings: list[str], rows: list[list[str]]) -> str:
+    """Semantics: left-aligned first columns of words, right-aligned numbers, two blanks between."""
+    cells = [headings, *rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
+    numeric = [all(row[i][:1] in "-0123456789~" for row in rows) for i in range(len(headings))]
+    lines = []
+    for row in cells:
+        pads = (c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, widths, numeric, strict=True))
+        lines.append("  ".join(pads).rstrip())
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def machine(facts: dict) -> str:
+    """Semantics: the machine facts of one measuring process, a line each."""
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)
+    lines = [
+        f"CPU       {facts['cpu']}: {' '.join(facts['flags'])}; fastpetl {facts['fastpetl']} runs {facts['isa']}",
+        f"software  {versions}",
+        f"threads   {facts['threads']}, {facts['pinned']}; malloc {facts['malloc']}",
+    ]
+    for dtype, rates in facts["gflops"].items():
+        best = sorted(rates.items(), key=lambda item: -item[1])
+        text = "; ".join(f"{name} {rate:.0f}" for name, rate in best)
+        lines.append(f"GEMM      {dtype}, GFLOP/s reached (not an FMA peak): {text}")
+    return "\n".join(lines)
+
+
+def milliseconds(row: dict) -> str:
+    """Semantics: the median, marked ~ where samples had to be used during which other processes ran."""
+    return ("~" if row["loaded"] else "") + (f"{row['ms']:.0f}" if row["ms"] >= 100 else f"{row['ms']:.2f}")
+
+
+def bar(ratio: dict | None) -> str:
+    """Semantics: a ratio with its bar: "2.31 (>= 2.1: met)"."""
+    if ratio is None:
+        return "-"
+    text = f"{ratio['ratio']:.2f}"
+    if ratio["bar"] is None:
+        return text
+    return f"{text} (>= {ratio['bar']}: {'met' if ratio['met'] else 'MISSED'})"
+
+
+def vilt(result: dict) -> str:
+    """Semantics: times, ratios, checks and memory of `bench vilt`."""
+    rows, base = [], {}
+    for row in result["rows"]:
+        if row["status"] == "ok":
+            base[row["dtype"], row["mode"], row["variant"]] = row["ms"]
+    for row in result["rows"]:
+        head = [row["dtype"], row["mode"], row["variant"]]
+        if row["status"] != "ok":
+            rows.append([*head, "-", "-", "-", "-", "-", f"not available: {row['status']}"])
+            continue
+        over = [base.get((*head[:2], name)) for name in ("eager", "compile", "routed")]
+        over = ["-" if ms is None else f"{ms / row['ms']:.2f}" for ms in over]
+        note = f"{len(row['samples'])} samples, {row['thrown_away']} thrown away"
+        rows.append([*head, milliseconds(row), f"{100 * row['spread']:.0f} %", *over, note])
+    columns = ["dtype", "mode", "variant", "ms", "spread", "eager/x", "compile/x", "routed/x", "note"]
+    parts = [table(columns, rows)] if rows else []
+    if result["ratios"]:
+        lines = [[r["dtype"], r["mode"], r["against"], bar(r)] for r in result["ratios"]]
+        parts.append(table(["dtype", "mode", "patched against", "ratio of medians"], lines))
+    if result["checks"]:
+        lines = []
+        for c in result["checks"]:
+            own = "" if c["eager_error"] is None else f", eager {c['eager_error']:.1e}"
+            what = f"{c['what']} against {c['against']}"
+            lines.append([c["dtype"], c["mode"], c["variant"], what, f"{c['error']:.1e}", f"<= {c['limit']:.1e}{own}"])
+        parts.append(table(["dtype", "mode", "variant", "checked before timing", "error", "allowed"], lines))
+    parts += _memory(result) + _losses(result) + _chosen(result)
+    return "\n\n".join(parts)
+
+
+def _mib(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"
+
+
+def _memory(result: dict) -> list[str]:
+    keys = ("saved_mib", "step_peak_mib", "process_peak_mib")
+    lines = [[m["dtype"], m["variant"], *(_mib(m[key]) for key in keys)] for m in result["memory"]]
+    columns = ["dtype", "variant", "saved for backward, MiB", "peak RSS of a step, MiB", "of the process, MiB"]
+    return [table(columns, lines)] if lines else []
+
+
+def _losses(result: dict) -> list[str]:
+    found = result.get("losses")
+    if not found:
+        return []
+    ends = f"eager {found['eager'][0]:.3f} -> {found['eager'][-1]:.3f}"
+    met = "met" if found["met"] else "MISSED"
+    return [
+        f"{found['steps']} training steps, fp32: largest relative difference of the losses "
+        f"{found['difference']:.1e} (<= {found['limit']:.0e}: {met}); {ends}"
+    ]
+
+
+def _chosen(result: dict) -> list[str]:
+    lines = []
+    for t in result["tuned"]:
+        ms = ", ".join(f"{name} {value:.2f}" for name, value in sorted(t["ms"].items(), key=lambda item: item[1]))
+        lines.append(
+            [" ".join(t["key"]), t["chosen"], "; ".join([ms, *(f"{n} {r}" for n, r in t["rejected"].items())])]
+        )
+    return [table(["backends measured by patch: shape class", "chosen", "ms"], lines)] if lines else []
+
+
+def adapter(result: dict) -> str:
+    """Semantics: times, rates and ratios of `bench adapter`."""
+    found = {}
+    for r in result["ratios"]:
+        found[r["dtype"], r["bottleneck"], r["mode"], r["variant"], r["against"]] = r
+    lines = []
+    for row in result["rows"]:
+        key = (row["dtype"], row["bottleneck"], row["mode"], row["variant"])
+        against = [bar(found.get((*key, base))) for base in ("eager", "compile")]
+        rates = [f"{row['gflops']:.0f}", f"{row['floor_mib']:.1f}", f"{row['floor_gbs']:.1f}"]
+        words = [row["dtype"], str(row["bottleneck"]), row["mode"], row["variant"]]
+        lines.append(
+            [*words, milliseconds(row), f"{100 * row['spread']:.0f} %", *rates, *against, str(row["thrown_away"])]
+        )
+    columns = ["dtype", "r", "mode", "variant", "ms", "spread", "GFLOP/s", "floor MiB", "GB/s of floor"]
+    columns += ["eager/x", "compile/x", "thrown away"]
+    note = f"floor: the bytes a perfect kernel moves; a copy of 256 MiB runs at {result['copy_gbs']:.1f} GB/s here"
+    return table(columns, lines) + "\n" + note
