@@ -14,37 +14,31 @@ template <class T, class E> struct Attention {
     const T* base;
     int64_t stride;
     const T* row(int64_t t) const { return base + t * stride; }
-    void fetch_rows(int64_t begin, int64_t end, int64_t dim) const {
-      for (int64_t t = begin; t < end; ++t) fetch(row(t), dim * sizeof(T));
+    // a few hundred bytes each, far apart: the hardware does not see the pattern. Call it while packing rows in order.
+    const T* next_row(int64_t t, int64_t dim) const {
+      fetch(row(t + 12), dim * sizeof(T));
+      return row(t);
     }
   };
   static Head head(const void* p, const fp_attention& a, int64_t bh, int which, int parts) {
     const int64_t hd = (int64_t)a.heads * a.head_dim, b = bh / a.heads, h = bh % a.heads;
     return {(const T*)p + b * a.tokens * parts * hd + which * hd + h * a.head_dim, parts * hd};
   }
-  // A head's rows are a few hundred bytes each, far apart, and arrive slowly: ask for the next head's early.
-  static void fetch_next(const fp_attention& a, int64_t bh, int64_t begin, int64_t end, bool backward) {
-    if (bh + 1 >= a.batch * a.heads) return;
-    for (int i = 0; i < 3; ++i) head(a.qkv, a, bh + 1, i, 3).fetch_rows(begin, end, a.head_dim);
-    if (!backward) return;
-    head(a.grad, a, bh + 1, 0, 1).fetch_rows(begin, end, a.head_dim);
-    head(a.out_in, a, bh + 1, 0, 1).fetch_rows(begin, end, a.head_dim);
-  }
   // rows [r0, r0 + m) as left operand
   static void pack_a(Elem* out, const Head& x, int64_t r0, int64_t m, int64_t dim, float* tmp) {
     for (int64_t i = 0; i < m; ++i) {
-      load_row(x.row(r0 + i), tmp, dim, E::pad_k(dim));
+      load_row(x.next_row(r0 + i, dim), tmp, dim, E::pad_k(dim));
       E::put_a_row(out, dim, i, tmp);
     }
     E::zero_a_rows(out, dim, m);
   }
   // B[k = dim, n = tokens]: the transpose
   static void pack_transposed(Elem* out, const Head& x, int64_t n, int64_t dim) {
-    pack_columns<E>(out, dim, n, 0, column_groups<E>(n), [&](int64_t i) { return x.row(i); });
+    pack_columns<E>(out, dim, n, 0, column_groups<E>(n), [&](int64_t i) { return x.next_row(i, dim); });
   }
   // B[k = tokens r0.., n = dim]
   static void pack_b(Elem* out, const Head& x, int64_t r0, int64_t k, int64_t dim) {
-    pack_rows<E>(out, k, dim, 0, E::pad_k(k) / 2, [&](int64_t i) { return x.row(r0 + i); });
+    pack_rows<E>(out, k, dim, 0, E::pad_k(k) / 2, [&](int64_t i) { return x.next_row(r0 + i, dim); });
   }
   // scratch of one task: tmp rows, then what carve() hands out
   struct Arena {
@@ -78,7 +72,6 @@ template <class T, class E> struct Attention {
       pack_b(vb, v, 0, n, dim);
       for (int64_t r0 = 0; r0 < n; r0 += BLOCK) {
         const int64_t m = n - r0 < BLOCK ? n - r0 : BLOCK;
-        fetch_next(a, bh, r0, r0 + m, false);
         pack_a(qa, q, r0, m, dim, tmp);
         multiply<E>(qa, dim, m, kt, n, s);
         for (int64_t i = 0; i < m; ++i) {
@@ -154,7 +147,6 @@ template <class T, class E> struct Attention {
     pack_b(gb, g, 0, n, dim);
     for (int64_t r0 = 0; r0 < n; r0 += BLOCK) {
       const int64_t m = n - r0 < BLOCK ? n - r0 : BLOCK;
-      fetch_next(a, bh, r0, r0 + m, true);
       pack_a(ka, k, r0, m, dim, tmp);
       pack_a(va, v, r0, m, dim, tmp);
       multiply<E>(ka, dim, m, qt, n, s);

@@ -77,7 +77,7 @@ def vilt(result: dict) -> str:
 
 
 def _mib(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
+    return "-" if value is None else f"{value:.{0 if value >= 100 else 1}f}"
 
 
 def _memory(result: dict) -> list[str]:

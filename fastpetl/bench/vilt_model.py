@@ -1,4 +1,4 @@
-"""The workload of `bench vilt`: Hugging Face's ViLT with DAS adapters, its variants, and whether they compute the same."""
+"""The workload of `bench vilt`: Hugging Face's ViLT with DAS adapters, its variants, and do they compute the same."""
 
 from __future__ import annotations
 
@@ -236,7 +236,7 @@ def _results(variant: Variant, mode: str) -> dict[str, torch.Tensor]:
 
 
 def losses(sizes: Sizes, steps: int, progress) -> dict:
-    """Semantics: fp32 training losses of eager and patched over `steps` steps on four batches in turn, and their largest
+    """Semantics: fp32 training losses of eager and patched over `steps` steps, four batches in turn, and their largest
     relative difference.
     """
     base = build(sizes, torch.float32)

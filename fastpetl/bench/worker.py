@@ -23,10 +23,8 @@ def main(argv: list[str]) -> int:
     from tqdm import tqdm
 
     torch.set_num_threads(THREADS)
-    total = _steps(job)
-    with tqdm(
-        total=total, desc=f"{job['what']} {job['kind']}", unit="step", dynamic_ncols=True, mininterval=0.5
-    ) as bar:
+    name = f"{job['what']} {job['kind']}"
+    with tqdm(total=_steps(job), desc=name, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
 
         def progress(what: str) -> None:
             bar.set_postfix_str(what, refresh=False)
