@@ -2,7 +2,7 @@
 #
 # An interpreter that already has torch >= 2.11 and the build and test tools is used as it is: nothing is installed and
 # no network is needed. Otherwise .venv is made with pinned versions, torch first (an unpinned torch brings gigabytes of
-# CUDA; for the smallest one: make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu").
+# CUDA; TORCH="torch==2.13.0+cpu" and the like choose another build).
 PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
