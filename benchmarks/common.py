@@ -1,0 +1,51 @@
+"""What the micro-benchmarks share. Importing it readies the process, so it comes before torch."""
+
+import os
+
+from fastpetl.bench.machine import THREADS, environment, keep_pages
+
+os.environ.update(environment())  # read by OpenMP when torch loads it
+keep_pages()
+
+import torch  # noqa: E402
+
+torch.set_num_threads(THREADS)
+
+ROWS, HIDDEN, BATCH, TOKENS, HEADS = 2248, 768, 8, 281, 12
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def randn(*shape, dtype=torch.float32, std=1.0, mean=0.0, grad=False):
+    return (torch.randn(shape) * std + mean).to(dtype).requires_grad_(grad)
+
+
+def relative(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def verify(got, eager, exact):
+    """The two-times rule: each result at most twice as far from float64 as eager torch of the same dtype."""
+    for i, (ours, theirs, true) in enumerate(zip(got, eager, exact, strict=True)):
+        allowed = 2 * relative(theirs, true) + 4 * torch.finfo(theirs.dtype).eps
+        assert relative(ours, true) <= allowed, f"result {i} is wrong: it is not timed"
+
+
+def results(function, inputs, grad):
+    """(output, gradients of what wants one), or just (output,) without `grad`."""
+    if grad is None:
+        with torch.no_grad():
+            return (function(*inputs),)
+    y = function(*inputs)
+    wanted = [t for t in inputs if t.requires_grad]
+    return (y.detach(), *torch.autograd.grad(y, wanted, grad))
+
+
+def check_and_time(benchmark, function, reference, inputs, grad, flop):
+    """Verifies `function` against `reference` in float64, then times it; GFLOP/s goes into the JSON."""
+    doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
+    exact = results(reference, doubles, None if grad is None else grad.double())
+    verify(results(function, inputs, grad), results(reference, inputs, grad), exact)
+    benchmark.extra_info["gflop"] = flop / 1e9
+    benchmark.pedantic(lambda: results(function, inputs, grad), rounds=15, warmup_rounds=2, iterations=1)
+    if benchmark.stats is not None:  # --benchmark-disable
+        benchmark.extra_info["gflops"] = flop / benchmark.stats.stats.median / 1e9

@@ -1,0 +1,173 @@
+"""The benchmark: its JSON, what it refuses to time, and its way with samples. Sizes here mean nothing; no time is
+asserted.
+"""
+
+import json
+
+import pytest
+import torch
+
+import fastpetl.bench
+from fastpetl.bench import adapter, machine, plan, report, timing, vilt, vilt_model
+
+ROW = {"dtype", "mode", "variant", "status", "ms", "spread", "samples", "thrown_away", "loaded"}
+QUIET = {"rounds": 3, "patience": 0.0}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """On models this small threads wait for each other more than they work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_command_line_writes_the_schema(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    only = "fp32/inference/patched,fp32/memory/patched"
+    assert fastpetl.bench.main(["vilt", "--tiny", "--quick", "--only", only, "--json", str(file)]) == 0
+    found, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert found["schema"] == 1 and found["bench"] == "vilt"
+    assert [(row["dtype"], row["mode"], row["variant"]) for row in found["rows"]] == [
+        ("fp32", "inference", "eager"),
+        ("fp32", "inference", "patched"),
+    ]
+    assert all(set(row) == ROW and row["ms"] > 0 and row["status"] == "ok" for row in found["rows"])
+    assert [(r["against"], r["bar"], type(r["met"])) for r in found["ratios"]] == [("eager", 2.1, bool)]
+    assert [(c["variant"], c["what"], c["met"]) for c in found["checks"]] == [("patched", "logits", True)]
+    assert [m["variant"] for m in found["memory"]] == ["patched"] and found["memory"][0]["saved_mib"] > 0
+    assert found["machine"][0]["threads"] == 2 and found["machine"][0]["versions"]["torch"] == torch.__version__
+    for word in ("patched against", "ratio of medians", "saved for backward", "checked before timing", "threads"):
+        assert word in printed
+
+
+def test_only_that_matches_nothing_says_so(capsys):
+    assert fastpetl.bench.main(["vilt", "--only", "fp64/"]) == 2
+    assert "matches nothing, expected" in capsys.readouterr().err
+
+
+def test_jobs_follow_only():
+    assert [(j["kind"], j["dtype"]) for j in plan.vilt_jobs((), False)] == [
+        *[("time", "fp32"), ("time", "bf16")],
+        *[("memory", "fp32")] * 2,
+        *[("memory", "bf16")] * 2,
+    ]
+    assert plan.vilt_jobs(("bf16/memory/eager",), True)[-1]["kind"] == "losses"
+    assert plan.vilt_variants((), "bf16", "train") == ["eager", "compile", "patched"]
+    assert plan.vilt_variants(("fp32/train/patched",), "fp32", "train") == ["eager", "patched"]
+    assert plan.vilt_variants(("fp32/train/patched",), "fp32", "inference") == []
+
+
+@pytest.mark.parametrize("dtype", plan.DTYPES)
+@pytest.mark.parametrize("mode", plan.MODES)
+def test_a_wrong_model_is_refused_before_timing(monkeypatch, dtype, mode):
+    def wrong(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        if self.name == "patched":
+            out.logits = out.logits * 1.1
+            out.loss = None if out.loss is None else out.loss * 1.1
+        return out
+
+    original = vilt_model.Variant.forward
+    monkeypatch.setattr(vilt_model.Variant, "forward", wrong)
+    monkeypatch.setattr(vilt, "interleave", lambda *a, **k: pytest.fail("timed a wrong model"))
+    with pytest.raises(timing.Refused, match=rf"patched \({dtype}, {mode}\): logits differ .* expected at most"):
+        vilt.measure(vilt.Plan(vilt_model.TINY, only=(f"{dtype}/{mode}/patched",), **QUIET), dtype)
+
+
+def test_wrong_gradients_are_refused(monkeypatch):
+    original = vilt_model.Variant.gradients
+
+    def wrong(self):
+        logits, grads = original(self)
+        return logits, grads * 1.01 if self.name == "patched" else grads
+
+    monkeypatch.setattr(vilt_model.Variant, "gradients", wrong)
+    with pytest.raises(timing.Refused, match="gradients differ"):
+        vilt.measure(vilt.Plan(vilt_model.TINY, only=("fp32/train/patched",), **QUIET), "fp32")
+
+
+@pytest.mark.parametrize("mode", adapter.MODES)
+def test_a_wrong_adapter_is_refused_before_timing(monkeypatch, mode):
+    def broken(name):
+        function = adapter.implementation(name)
+        return function if name == "eager" else lambda *inputs: function(*inputs) * (1 + 1e-5)
+
+    monkeypatch.setattr(adapter, "interleave", lambda *a, **k: pytest.fail("timed a wrong adapter"))
+    small = adapter.Plan(rows=9, hidden=32, bottlenecks=(8,), only=(f"fp32/r8/{mode}/cpp",), **QUIET)
+    if not adapter.cases(small):
+        pytest.skip("fastpetl._C is not built: there is no fused backend to time")
+    with pytest.raises(timing.Refused, match="cpp .* nothing was timed"):
+        adapter.measure(small, implement=broken)
+
+
+def test_routed_eager_is_only_timed_in_fp32(monkeypatch):
+    """A switch that computed in another precision is a row that says so, not a baseline."""
+    monkeypatch.setattr(vilt_model, "route_reason", lambda: "would compute in bf16")
+    found = vilt.measure(vilt.Plan(vilt_model.TINY, only=("fp32/inference/routed",), **QUIET), "fp32")
+    rows = {row["variant"]: row for row in found["rows"]}
+    assert rows["routed"]["status"] == "would compute in bf16" and rows["eager"]["status"] == "ok"
+    result = {"rows": found["rows"], "ratios": [], "checks": [], "memory": [], "tuned": []}
+    assert "not available: would compute in bf16" in report.vilt(result)
+
+
+def test_route_restores_the_switch_and_is_judged_by_its_error():
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    reason = vilt_model.route_reason()
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    assert reason is None or "bf16" in reason or "oneDNN" in reason
+
+
+def test_saved_bytes_counts_storages_once_and_no_parameters():
+    variant = vilt_model.make("eager", vilt_model.TINY, "fp32")
+    tokens = 2 * (8 + 6 + 1)
+    activations = vilt.saved_bytes(variant)
+    assert tokens * 64 * 4 * 10 < activations < tokens * 64 * 4 * 200
+    assert vilt.saved_bytes(variant) == activations
+
+
+def test_losses_agree():
+    steps = []
+    found = vilt_model.losses(vilt_model.TINY, 4, steps.append)
+    assert found["met"] and len(found["eager"]) == len(found["patched"]) == 4 and len(steps) == 8
+    assert found["eager"][0] != found["eager"][1]  # the batches differ
+
+
+def test_samples_are_interleaved_and_the_order_reversed(monkeypatch):
+    monkeypatch.setattr(timing.Load, "foreign", lambda self: 0.0)
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    found = timing.interleave(calls, rounds=2, warmups=1, sample_seconds=0.0)
+    assert order == ["a", "a", "b", "b", "a", "b", "b", "a"]  # warm-up and one call for its duration, then the rounds
+    assert [len(t.clean) for t in found.values()] == [2, 2]
+
+
+def test_loaded_samples_are_redone_and_counted(monkeypatch):
+    loads = iter([0.0, 1e9, 0.0, 0.0])
+    monkeypatch.setattr(timing.Load, "foreign", lambda self: next(loads))
+    monkeypatch.setattr(timing.Load, "wait_idle", lambda self, seconds: None)
+    found = timing.interleave({"a": lambda: sum(range(200000))}, rounds=3, warmups=0, sample_seconds=0.0)["a"].row()
+    assert len(found["samples"]) == 3 and found["thrown_away"] == 1 and not found["loaded"]
+
+
+def test_with_nothing_but_loaded_samples_the_row_says_so(monkeypatch):
+    monkeypatch.setattr(timing.Load, "foreign", lambda self: 1e9)
+    calls = {"a": lambda: sum(range(200000))}
+    row = timing.interleave(calls, rounds=4, warmups=0, sample_seconds=0.0, patience=0.0)["a"].row()
+    assert row["loaded"] and len(row["samples"]) == 2 and row["thrown_away"] == 2
+    assert report.milliseconds(row).startswith("~")
+
+
+def test_ratios_are_of_medians():
+    rows = [
+        {"dtype": "fp32", "mode": "train", "variant": name, "status": "ok", "ms": ms}
+        for name, ms in (("eager", 30.0), ("routed", 11.0), ("patched", 10.0))
+    ]
+    found = {r["against"]: (r["ratio"], r["bar"], r["met"]) for r in vilt.ratios(rows)}
+    assert found == {"eager": (3.0, 2.0, True), "routed": (1.1, 1.2, False)}
+
+
+def test_environment_pins_and_caps():
+    env = machine.environment(cap_onednn=True)
+    assert env["OMP_NUM_THREADS"] == "2" and env["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE"
