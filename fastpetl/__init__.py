@@ -29,7 +29,7 @@ _NAMES = {
 # `skip` and `count` are modules that can be called: fastpetl.skip(model, mask), fastpetl.count(model, inputs)
 _MODULES = (
     *("skip", "count", "ops", "nn", "patching", "methods", "saving"),
-    *("backends", "spec", "errors", "kernels", "info", "bench", "demo"),
+    *("backends", "spec", "kernels", "info", "bench", "demo"),
 )
 
 __all__ = ["__version__", *_NAMES, "count", "nn", "ops", "skip"]
