@@ -9,6 +9,8 @@ keep_pages()
 
 import torch  # noqa: E402
 
+from fastpetl.bench.adapter import slack  # noqa: E402
+
 torch.set_num_threads(THREADS)
 
 ROWS, HIDDEN, BATCH, TOKENS, HEADS = 2248, 768, 8, 281, 12
@@ -23,10 +25,10 @@ def relative(got, want):
     return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
-def verify(got, eager, exact):
+def verify(got, eager, exact, name=""):
     """The two-times rule: each result at most twice as far from float64 as eager torch of the same dtype."""
     for i, (ours, theirs, true) in enumerate(zip(got, eager, exact, strict=True)):
-        allowed = 2 * relative(theirs, true) + 4 * torch.finfo(theirs.dtype).eps
+        allowed = 2 * relative(theirs, true) + slack(name, theirs.dtype)
         assert relative(ours, true) <= allowed, f"result {i} is wrong: it is not timed"
 
 
@@ -40,11 +42,11 @@ def results(function, inputs, grad):
     return (y.detach(), *torch.autograd.grad(y, wanted, grad))
 
 
-def check_and_time(benchmark, function, reference, inputs, grad, flop):
+def check_and_time(benchmark, name, function, reference, inputs, grad, flop):
     """Verifies `function` against `reference` in float64, then times it; GFLOP/s goes into the JSON."""
     doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
     exact = results(reference, doubles, None if grad is None else grad.double())
-    verify(results(function, inputs, grad), results(reference, inputs, grad), exact)
+    verify(results(function, inputs, grad), results(reference, inputs, grad), exact, name)
     benchmark.extra_info["gflop"] = flop / 1e9
     benchmark.pedantic(lambda: results(function, inputs, grad), rounds=15, warmup_rounds=2, iterations=1)
     if benchmark.stats is not None:  # --benchmark-disable

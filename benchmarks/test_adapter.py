@@ -26,4 +26,4 @@ def test_adapter(benchmark, short, name, r, mode):
     site = Site(ROWS, HIDDEN, r, common.DTYPES[short])
     grad = site.grad if mode != "forward" else None
     flop = (1 if grad is None else 3) * 4 * ROWS * HIDDEN * r
-    common.check_and_time(benchmark, implementation(name), formula, site.inputs, grad, flop)
+    common.check_and_time(benchmark, name, implementation(name), formula, site.inputs, grad, flop)

@@ -34,4 +34,4 @@ def test_attention(benchmark, short, name, mode):
     def function(qkv):
         return ops.attention(qkv, HEADS, key_mask=mask, backend=name)
 
-    common.check_and_time(benchmark, function, reference, (qkv,), grad, flop)
+    common.check_and_time(benchmark, name, function, reference, (qkv,), grad, flop)

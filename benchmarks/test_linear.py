@@ -49,4 +49,4 @@ def test_linear(benchmark, short, name, shape, mode):
     inputs = (x, gain, shift, *weights, *biases)
     grad = randn(ROWS, sum(outputs), dtype=dtype) if mode != "forward" else None
     flop = (1 if grad is None else 2) * 2 * ROWS * k * sum(outputs)
-    common.check_and_time(benchmark, function, reference, inputs, grad, flop)
+    common.check_and_time(benchmark, name, function, reference, inputs, grad, flop)

@@ -114,15 +114,15 @@ def _rate(run, seconds: float = 0.25) -> float:
     return 1 / best
 
 
-def peaks() -> dict[str, dict[str, float]]:
+def rates(names) -> dict[str, dict[str, float]]:
     """Semantics: dtype -> what was run -> GFLOP/s, best burst. These are rates reached by real GEMMs, not FMA peaks."""
     import torch
 
     from fastpetl import backends, ops
 
     found = {}
-    for short, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        rates = {}
+    for short in names:
+        dtype, rates = {"fp32": torch.float32, "bf16": torch.bfloat16}[short], {}
         for n in (1024, 2048):
             a, b = torch.randn(n, n, dtype=dtype), torch.randn(n, n, dtype=dtype)
             rates[f"torch.mm {n}"] = _rate(lambda a=a, b=b: a @ b) * 2 * n**3 / 1e9
@@ -148,8 +148,8 @@ def copy_bandwidth() -> float:
     return _rate(lambda: b.copy_(a)) * 2 * a.numel() * 4 / 1e9
 
 
-def facts(brief: bool = False) -> dict:
-    """Semantics: the machine and the settings of this process, as JSON values; GEMM rates unless `brief`."""
+def facts(dtypes) -> dict:
+    """Semantics: the machine and the settings of this process, as JSON values, and the GEMM rates of `dtypes`."""
     import torch
 
     from fastpetl import info
@@ -160,7 +160,7 @@ def facts(brief: bool = False) -> dict:
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
     wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16")
     torch.set_num_threads(THREADS)
-    rates = {} if brief else peaks()
+    gflops = rates(dtypes)
     gc.collect()
     return {
         "cpu": model,
@@ -171,5 +171,5 @@ def facts(brief: bool = False) -> dict:
         "onednn_max_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         "fastpetl": found["fastpetl"],
         "versions": found["versions"],
-        "gflops": rates,
+        "gflops": gflops,
     }

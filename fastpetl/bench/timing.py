@@ -56,11 +56,11 @@ def interleave(
     *,
     rounds: int,
     sample_seconds: float = 0.06,
-    warmups: int = 2,
+    warmups: int = 1,
     patience: float = 120.0,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Timing]:
-    """Semantics: `rounds` samples of each call, taken in turns after `warmups` calls of each.
+    """Semantics: `rounds` samples of each call, taken in turns after `warmups` calls of each and one that finds out how long it takes.
 
     A sample is as many calls as fill `sample_seconds`. One during which other processes used more than `FOREIGN` CPUs
     is thrown away and redone, up to twice, after a wait for quiet; all waits together end after `patience` seconds, and

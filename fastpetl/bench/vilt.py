@@ -40,7 +40,7 @@ def steps(plan: Plan, dtype: str) -> int:
     count = 0
     for mode in MODES:
         names = vilt_variants(plan.only, dtype, mode)
-        count += len(names) * (3 + plan.rounds) + bool(names)
+        count += len(names) * (2 + plan.rounds) + bool(names)
     return count
 
 

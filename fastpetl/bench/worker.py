@@ -6,6 +6,8 @@ import json
 import sys
 from pathlib import Path
 
+from .plan import DTYPES
+
 LOSS_STEPS = 50
 
 
@@ -71,7 +73,10 @@ def _measure(job: dict, progress) -> dict:
     if job["kind"] == "losses":
         return {"losses": vilt_model.losses(plan.sizes, LOSS_STEPS, progress)}
     progress("machine")
-    facts = {**machine.facts(brief=job["tiny"]), "malloc": job["malloc"]}
+    facts = {
+        **machine.facts(() if job["tiny"] else DTYPES if job["dtype"] == "all" else (job["dtype"],)),
+        "malloc": job["malloc"],
+    }
     if job["what"] == "vilt":
         found = vilt.measure(plan, job["dtype"], progress)
         found["ratios"] = vilt.ratios(found["rows"])
