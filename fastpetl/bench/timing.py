@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from .machine import Load
 
-FOREIGN = 0.06  # CPUs that others may keep busy during a sample; plus two ticks of /proc/stat, which is that coarse
+FOREIGN = 0.1  # CPUs that others may keep busy during a sample; plus two ticks of /proc/stat, which is that coarse
 _TICKS = 0.02
 _ATTEMPTS = 3
 
@@ -60,7 +60,7 @@ def interleave(
     patience: float = 120.0,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Timing]:
-    """Semantics: `rounds` samples of each call, taken in turns after `warmups` calls of each and one that finds out how long it takes.
+    """Semantics: `rounds` samples of each call, taken in turns; before, `warmups` calls and one to see how long it takes.
 
     A sample is as many calls as fill `sample_seconds`. One during which other processes used more than `FOREIGN` CPUs
     is thrown away and redone, up to twice, after a wait for quiet; all waits together end after `patience` seconds, and
