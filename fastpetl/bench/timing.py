@@ -60,7 +60,7 @@ def interleave(
     patience: float = 120.0,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[str, Timing]:
-    """Semantics: `rounds` samples of each call, taken in turns; before, `warmups` calls and one to see how long it takes.
+    """Semantics: `rounds` samples of each call, taken in turns; before, `warmups` calls and one to see how long.
 
     A sample is as many calls as fill `sample_seconds`. One during which other processes used more than `FOREIGN` CPUs
     is thrown away and redone, up to twice, after a wait for quiet; all waits together end after `patience` seconds, and

@@ -73,10 +73,8 @@ def _measure(job: dict, progress) -> dict:
     if job["kind"] == "losses":
         return {"losses": vilt_model.losses(plan.sizes, LOSS_STEPS, progress)}
     progress("machine")
-    facts = {
-        **machine.facts(() if job["tiny"] else DTYPES if job["dtype"] == "all" else (job["dtype"],)),
-        "malloc": job["malloc"],
-    }
+    dtypes = () if job["tiny"] else DTYPES if job["dtype"] == "all" else (job["dtype"],)
+    facts = {**machine.facts(dtypes), "malloc": job["malloc"]}
     if job["what"] == "vilt":
         found = vilt.measure(plan, job["dtype"], progress)
         found["ratios"] = vilt.ratios(found["rows"])
