@@ -40,7 +40,7 @@ def steps(plan: Plan, dtype: str) -> int:
     count = 0
     for mode in MODES:
         names = vilt_variants(plan.only, dtype, mode)
-        count += len(names) * (2 + plan.rounds) + bool(names)
+        count += len(names) * (1 + plan.rounds) + bool(names) + ("compile" in names and not count)
     return count
 
 
@@ -63,7 +63,7 @@ def measure(plan: Plan, dtype: str, progress=lambda what: None) -> dict:
                 progress(f"{name}: not available")
                 continue
             if name not in variants:
-                variants[name] = vm.Variant(name, base, *batch)
+                variants[name] = vm.Variant(name, copy.deepcopy(base), *batch)
                 if name == "compile":
                     unavailable.update(_compile(variants[name], dtype, mode, rows, progress))
         present = {name: variants[name] for name in wanted[mode] if name not in unavailable}

@@ -115,13 +115,13 @@ def route_reason() -> str | None:
 
 
 class Variant:
-    """One way to run the model: its own copy of the weights, its own optimizer, one batch."""
+    """One way to run the model: its own weights (it takes `model` as its own), its own optimizer, one batch."""
 
-    def __init__(self, name: str, base, batch: dict, labels: torch.Tensor):
+    def __init__(self, name: str, model, batch: dict, labels: torch.Tensor):
         import fastpetl
 
         self.name, self.batch, self.labels = name, batch, labels
-        self.model = copy.deepcopy(base)
+        self.model = model
         self._context = route if name == "routed" else contextlib.nullcontext
         if name == "compile":
             # Not the whole model: ViLT's visual embedding has data-dependent shapes, which break the graph anyway.
@@ -241,7 +241,7 @@ def losses(sizes: Sizes, steps: int, progress) -> dict:
     """
     base = build(sizes, torch.float32)
     batches = [inputs(sizes, torch.float32, base.config.vocab_size, seed) for seed in range(4)]
-    variants = {name: Variant(name, base, *batches[0]) for name in ("eager", "patched")}
+    variants = {name: Variant(name, copy.deepcopy(base), *batches[0]) for name in ("eager", "patched")}
     found = {name: [] for name in variants}
     for i in range(steps):
         for name, variant in variants.items():
