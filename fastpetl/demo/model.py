@@ -27,7 +27,7 @@ class Settings:
     seed: int = 0
     threads: int = 2
     batch: int = 32
-    steps: int = 320
+    steps: int = 240
     full_lr: float = 5e-4
     adapter_lr: float = 3e-3
     train_limit: int | None = None  # questions; None is all

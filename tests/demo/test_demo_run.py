@@ -100,5 +100,5 @@ def test_bad_numbers_on_the_command_line_are_errors():
 
 
 def test_a_run_that_fails_is_an_error(tmp_path):
-    with pytest.raises(RuntimeError, match="fastpetl.demo.train failed with exit code"):
+    with pytest.raises(RuntimeError, match="fastpetl.demo.train full failed with exit code 1"):
         run._child("train", "full", tmp_path / "missing.json", tmp_path / "result.json")

@@ -174,11 +174,11 @@ def test_peft_itself():
 def test_the_report_is_a_table():
     model = tiny_das(patch=True)
     text = str(fastpetl.report(model))
-    assert "vilt.encoder.layer.[0-3]" in text and "17 patched, 0 declined" in text
+    assert "vilt.encoder.layer.[0-3]" in text and "18 patched, 0 declined" in text
     model.vilt.encoder.layer[1].output.register_forward_hook(lambda *a: None)
     fastpetl.unpatch(model)
     fastpetl.patch(model)
     report = fastpetl.report(model)
-    assert "vilt.encoder.layer.[0,2-3]" in str(report) and "16 patched, 1 declined" in str(report)
-    assert len(report) == 17 and {row.status for row in report} == {"patched", "declined"}
+    assert "vilt.encoder.layer.[0,2-3]" in str(report) and "17 patched, 1 declined" in str(report)
+    assert len(report) == 18 and {row.status for row in report} == {"patched", "declined"}
     assert "nothing in this model matches" in str(fastpetl.report(nn.Linear(2, 2)))
