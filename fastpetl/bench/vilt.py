@@ -126,7 +126,6 @@ def memory(plan: Plan, dtype: str, name: str) -> dict:
     step (in which the patched model measures its backends) and imports included.
     """
     variant = vm.make(name, plan.sizes, dtype)
-    saved = saved_bytes(variant)
     first = variant.step()
     whole = high_water_mib()
     try:
@@ -138,6 +137,7 @@ def memory(plan: Plan, dtype: str, name: str) -> dict:
     for _ in range(2):
         variant.step()
     peak = high_water_mib()
+    saved = saved_bytes(variant)  # last: what it frees stays with the allocator
     return {
         "dtype": dtype,
         "variant": name,
