@@ -1,0 +1,64 @@
+"""What csrc/cpu promises beyond the two-times rule: GELU's accuracy everywhere, and the same bits for any number of
+threads.
+"""
+
+import fastpetl._C as C
+import pytest
+import torch
+
+ops = torch.ops.fastpetl
+
+
+@pytest.fixture(params=C.cpu_isas())
+def isa(request):
+    before, threads = C.cpu_isa(), torch.get_num_threads()
+    C.set_cpu_isa(request.param)
+    yield request.param
+    C.set_cpu_isa(before)
+    torch.set_num_threads(threads)
+
+
+def test_gelu_and_its_gradient_over_the_whole_line(isa):
+    """An identity as weight leaves GELU alone: its products are exact on every engine."""
+    x = torch.cat([torch.linspace(-12, 12, 4000), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0])])
+    x = torch.nn.functional.pad(x, (0, -len(x) % 32)).view(-1, 32)
+    eye = torch.eye(32)
+    y, stats = ops.cpu_linear_forward(x, [eye], [], 2, None, None, 0.0, None)
+    dx = ops.cpu_linear_backward(torch.ones_like(x), x, stats, [eye], 2, None, None)
+    exact = x.double().requires_grad_()
+    expected = torch.nn.functional.gelu(exact)
+    expected.sum().backward()
+    scale = x.double().abs().clamp(min=1)
+    assert ((y.double() - expected).abs() / scale).max() < 3e-7  # 2.2e-7 where there is no FMA
+    assert ((dx.double() - exact.grad).abs() / scale).max() < 6e-7
+
+
+def _everything(dtype):
+    """Results of all kernels on sizes that are split among threads."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    rows, d, r = 600, 264, 40
+    x, g, wd, wu = draw(rows, d), draw(rows, d), draw(r, d, scale=0.06), draw(d, r, scale=0.15)
+    gamma, beta, bd, bu = draw(d), draw(d), draw(r), draw(d)
+    y, z, stats = ops.cpu_adapter_forward(x, wd, bd, wu, bu, gamma, beta, g, None, True, 1e-5, 2, 0.7, True)
+    grads = ops.cpu_adapter_backward(g, x, z, stats, wd, wu, gamma, beta, True, 2, 0.7, 127)
+    w = draw(300, d, scale=0.06)
+    h, lstats = ops.cpu_linear_forward(x, [w], [], 1, gamma, beta, 1e-5, None)
+    dh = ops.cpu_linear_backward(h, x, lstats, [w], 1, gamma, None)
+    qkv = draw(3, 130, 3 * 4 * 32)
+    out, lse = ops.cpu_attention_forward(qkv, None, 4, 0.2, True)
+    dqkv = ops.cpu_attention_backward(out, qkv, None, out, lse, 4, 0.2)
+    return [y, z, stats, *grads, h, lstats, dh, out, lse, dqkv]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_for_any_number_of_threads(isa, dtype):
+    torch.set_num_threads(1)
+    expected = _everything(dtype)
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        for i, (a, b) in enumerate(zip(_everything(dtype), expected, strict=True)):
+            assert torch.equal(a, b), (threads, i)
