@@ -61,13 +61,13 @@ class Choice(NamedTuple):
 
 
 @functools.cache
-def _triton_kernels() -> tuple[bool, str]:
+def _triton_kernels(op: str) -> tuple[bool, str]:
     if importlib.util.find_spec("triton") is None:
         return False, "triton is not installed"
     try:
-        importlib.import_module("fastpetl.kernels.adapter")
+        importlib.import_module(f"fastpetl.kernels.{op}")
     except ImportError as error:
-        return False, f"fastpetl.kernels.adapter does not import: {error}"
+        return False, f"fastpetl.kernels.{op} does not import: {error}"
     return True, "triton is installed"
 
 
@@ -99,7 +99,7 @@ def _verify_triton(op, device, dtype, head_dim):
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
         major, minor = torch.cuda.get_device_capability()
         return False, f"the Triton kernels need compute capability 8.0 or newer, this device has {major}.{minor}"
-    return _triton_kernels()
+    return _triton_kernels(op)
 
 
 def _verify_onednn(op, device, dtype, head_dim):

@@ -1,9 +1,4 @@
-"""The same launchers as registered ops, for torch.compile, torch.export and fake tensors.
-
-Eager code does not come through here: the dispatcher and register_autograd cost more than a hand-written
-autograd.Function. The schemas are defined in Python so that the ops exist on machines where fastpetl._C is not built;
-`backend` is a constant of compiled code.
-"""
+"""The registered ops of the adapter, the frozen linears and the attention (see _library.py)."""
 
 from __future__ import annotations
 
@@ -12,30 +7,7 @@ import torch
 from . import _adapter, _attention
 from . import _linear as lb
 from ._common import grad_mask, wide
-
-_LIB = torch.library.Library("fastpetl", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag,)
-
-
-def _register(schema, kernel, fake):
-    name = schema.split("(", 1)[0]
-    _LIB.define(schema, tags=_TAGS)
-    _LIB.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastpetl::{name}", fake, lib=_LIB)
-
-
-def _autograd(name, setup_context, backward):
-    torch.library.register_autograd(f"fastpetl::{name}", backward, setup_context=setup_context, lib=_LIB)
-
-
-def _not_twice(name):
-    op = name.removesuffix("_backward")
-
-    def refuse(ctx, *grads):
-        raise RuntimeError(f"{op}: the fused backends cannot be differentiated twice, use backend='reference'")
-
-    _autograd(name, None, refuse)
-
+from ._library import autograd, not_twice, register
 
 # --- adapter ----------------------------------------------------------------------------------------------------------
 
@@ -83,22 +55,22 @@ def _adapter_gradient(ctx, grad, *_):
     return (*grads, *(grad if n else None for n in ctx.needs_input_grad[7:9]), *(None,) * 6)
 
 
-_register(
+register(
     "adapter(Tensor x, Tensor w_down, Tensor? b_down, Tensor w_up, Tensor? b_up, Tensor? norm_weight, "
     "Tensor? norm_bias, Tensor? res1, Tensor? res2, bool add_x, float eps, int activation, float scale, "
     "bool save, str backend) -> (Tensor, Tensor, Tensor)",
     _adapter_forward,
     _adapter_forward_fake,
 )
-_register(
+register(
     "adapter_backward(Tensor grad, Tensor x, Tensor z, Tensor stats, Tensor w_down, Tensor w_up, Tensor? norm_weight, "
     "Tensor? norm_bias, bool add_x, int activation, float scale, int needs, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _adapter_backward,
     _adapter_backward_fake,
 )
-_autograd("adapter", _adapter_context, _adapter_gradient)
-_not_twice("adapter_backward")
+autograd("adapter", _adapter_context, _adapter_gradient)
+not_twice("adapter_backward")
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
@@ -137,20 +109,20 @@ def _linear_gradient(ctx, grad, *_):
     return dx, [None] * n_weights, [None] * n_biases, None, None, None, None, None
 
 
-_register(
+register(
     "linear(Tensor x, Tensor[] weights, Tensor[] biases, int prologue, Tensor? norm_weight, Tensor? norm_bias, "
     "float eps, str backend) -> (Tensor, Tensor)",
     _linear_forward,
     _linear_forward_fake,
 )
-_register(
+register(
     "linear_backward(Tensor grad, Tensor? x, Tensor stats, Tensor[] weights, int prologue, "
     "Tensor? norm_weight, str backend) -> Tensor",
     _linear_backward,
     _linear_backward_fake,
 )
-_autograd("linear", _linear_context, _linear_gradient)
-_not_twice("linear_backward")
+autograd("linear", _linear_context, _linear_gradient)
+not_twice("linear_backward")
 
 
 # --- attention --------------------------------------------------------------------------------------------------------
@@ -189,16 +161,16 @@ def _attention_gradient(ctx, grad, *_):
     return dqkv, None, None, None, None, None
 
 
-_register(
+register(
     "attention(Tensor qkv, Tensor? key_mask, int heads, float scale, bool save, str backend) -> (Tensor, Tensor)",
     _attention_forward,
     _attention_forward_fake,
 )
-_register(
+register(
     "attention_backward(Tensor grad, Tensor qkv, Tensor? key_mask, Tensor out, Tensor lse, int heads, "
     "float scale, str backend) -> Tensor",
     _attention_backward,
     _attention_backward_fake,
 )
-_autograd("attention", _attention_context, _attention_gradient)
-_not_twice("attention_backward")
+autograd("attention", _attention_context, _attention_gradient)
+not_twice("attention_backward")
