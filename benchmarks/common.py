@@ -9,7 +9,7 @@ keep_pages()
 
 import torch  # noqa: E402
 
-from fastpetl.bench.adapter import slack  # noqa: E402
+from fastpetl.bench.ops import results, slack  # noqa: E402
 
 torch.set_num_threads(THREADS)
 
@@ -32,22 +32,18 @@ def verify(got, eager, exact, name=""):
         assert relative(ours, true) <= allowed, f"result {i} is wrong: it is not timed"
 
 
-def results(function, inputs, grad):
-    """(output, gradients of what wants one), or just (output,) without `grad`."""
-    if grad is None:
-        with torch.no_grad():
-            return (function(*inputs),)
-    y = function(*inputs)
-    wanted = [t for t in inputs if t.requires_grad]
-    return (y.detach(), *torch.autograd.grad(y, wanted, grad))
-
-
 def check_and_time(benchmark, name, function, reference, inputs, grad, flop):
     """Verifies `function` against `reference` in float64, then times it; GFLOP/s goes into the JSON."""
     doubles = [t.detach().double().requires_grad_(t.requires_grad) for t in inputs]
-    exact = results(reference, doubles, None if grad is None else grad.double())
-    verify(results(function, inputs, grad), results(reference, inputs, grad), exact, name)
-    benchmark.extra_info["gflop"] = flop / 1e9
-    benchmark.pedantic(lambda: results(function, inputs, grad), rounds=15, warmup_rounds=2, iterations=1)
+    grads = None if grad is None else (grad,)
+    exact = results(reference, doubles, None if grad is None else (grad.double(),))
+    verify(results(function, inputs, grads), results(reference, inputs, grads), exact, name)
+    timed(benchmark, lambda: results(function, inputs, grads), flop)
+
+
+def timed(benchmark, call, flop, **extra):
+    """Times `call`; GFLOP/s and `extra` go into the JSON."""
+    benchmark.extra_info.update(gflop=flop / 1e9, **extra)
+    benchmark.pedantic(call, rounds=15, warmup_rounds=2, iterations=1)
     if benchmark.stats is not None:  # --benchmark-disable
         benchmark.extra_info["gflops"] = flop / benchmark.stats.stats.median / 1e9

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastpetl.bench
-from fastpetl.bench import adapter, machine, plan, report, timing, vilt, vilt_model
+from fastpetl.bench import cases, machine, ops, plan, report, timing, vilt, vilt_model
 
 ROW = {"dtype", "mode", "variant", "status", "ms", "spread", "samples", "thrown_away", "loaded"}
 QUIET = {"rounds": 3, "patience": 0.0}
@@ -88,18 +88,41 @@ def test_wrong_gradients_are_refused(monkeypatch):
         vilt.measure(vilt.Plan(vilt_model.TINY, only=("fp32/train/patched",), **QUIET), "fp32")
 
 
-@pytest.mark.parametrize("mode", adapter.MODES)
-def test_a_wrong_adapter_is_refused_before_timing(monkeypatch, mode):
-    def broken(name):
-        function = adapter.implementation(name)
+@pytest.mark.parametrize("mode", ops.MODES)
+def test_a_wrong_op_is_refused_before_timing(monkeypatch, mode):
+    def broken(built, name):
+        function = ops.implementation(built, name)
         return function if name == "eager" else lambda *inputs: function(*inputs) * (1 + 1e-5)
 
-    monkeypatch.setattr(adapter, "interleave", lambda *a, **k: pytest.fail("timed a wrong adapter"))
-    small = adapter.Plan(rows=9, hidden=32, bottlenecks=(8,), only=(f"fp32/r8/{mode}/cpp",), **QUIET)
-    if not adapter.cases(small):
+    monkeypatch.setattr(ops, "interleave", lambda *a, **k: pytest.fail("timed a wrong op"))
+    small = ops.Plan(cases.TINY, only=(f"fp32/adapter/r96/{mode}/cpp",), **QUIET)
+    if not ops.selected(small):
         pytest.skip("fastpetl._C is not built: there is no fused backend to time")
     with pytest.raises(timing.Refused, match="cpp .* nothing was timed"):
-        adapter.measure(small, implement=broken)
+        ops.measure(small, implement=broken)
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("dtype", plan.DTYPES)
+def test_every_case_computes_its_formula(case, dtype):
+    """Each fused backend and the reference, forward and backward, on sizes that mean nothing."""
+    built = case.build(cases.TINY, cases.Maker(ops.DTYPES[dtype], "cpu", seed=3))
+    grads = ops.cotangents(built)
+    functions = {n: ops.implementation(built, n) for n in ["eager", *ops.fused(case, dtype), "reference"]}
+    checks = ops.verify(built, functions, grads, case.name)
+    assert [c["variant"] for c in checks] == list(functions)[1:]
+    assert built.flop > 0 and min(built.reads_writes) > 0
+
+
+def test_ops_of_the_command_line(tmp_path, capsys):
+    file = tmp_path / "ops.json"
+    assert fastpetl.bench.main(["ops", "--tiny", "--quick", "--only", "fp32/adapter/r96", "--json", str(file)]) == 0
+    found, printed = json.loads(file.read_text()), capsys.readouterr().out
+    variants = {row["variant"] for row in found["rows"]}
+    assert {"eager", "compile"} <= variants and all(row["gflops"] > 0 for row in found["rows"])
+    assert {r["bar"] for r in found["ratios"] if r["against"] == "eager"} == {2.2, 2.3}
+    for word in ("eager/x", "routed/x", "GB/s of floor", "slower than a baseline"):
+        assert word in printed
 
 
 def test_routed_eager_is_only_timed_in_fp32(monkeypatch):

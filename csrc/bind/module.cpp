@@ -13,6 +13,7 @@ extern "C" {  // csrc/cpu: run-time choice of the instruction set
 const char* fastpetl_cpu_isa();
 int fastpetl_set_cpu_isa(const char* name);  // 0 on success
 const char* fastpetl_cpu_isas();             // space separated
+double fastpetl_cpu_fma(int64_t iterations, int threads);
 }
 
 static py::dict build_info() {
@@ -53,5 +54,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info, "What this module was built with.");
   m.def("cpu_isa", [] { return std::string(fastpetl_cpu_isa()); }, "The instruction set the CPU kernels use now.");
   m.def("cpu_isas", &cpu_isas, "The instruction sets this build and this CPU can use.");
+  m.def("fma", &fastpetl_cpu_fma, py::arg("iterations"), py::arg("threads"), "Runs FMA chains; returns the FLOP done (for measuring the peak).");
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Use this instruction set from now on (tests, measurements).");
 }

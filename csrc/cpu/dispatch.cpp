@@ -76,6 +76,7 @@ Choice& choice() {
 const fp_kernels* fp_active() { return choice().active; }
 extern "C" const char* fastpetl_cpu_isa() { return choice().active->isa; }
 extern "C" const char* fastpetl_cpu_isas() { return choice().names; }
+extern "C" double fastpetl_cpu_fma(int64_t iterations, int threads) { return fp_active()->fma_chains(iterations, threads); }
 extern "C" int fastpetl_set_cpu_isa(const char* name) {
   Choice& c = choice();
   for (int i = 0; i < c.count; ++i)

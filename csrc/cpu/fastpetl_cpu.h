@@ -61,6 +61,7 @@ struct fp_kernels {
   void (*pack)(const fp_linear&, void* out, int dtype, int transposed);
   void (*attention_forward)(const fp_attention&, int dtype);
   void (*attention_backward)(const fp_attention&, int dtype);
+  double (*fma_chains)(int64_t iterations, int threads);  // for measuring the peak
 };
 const fp_kernels* fp_active();  // the table in use: the best this CPU has, or what was set
 
@@ -71,5 +72,6 @@ extern void (*fp_parallel_for)(int64_t n, int64_t grain, fp_task task, void* ctx
 extern "C" {
 const char* fastpetl_cpu_isa();              // "amx", "avx512bf16", "avx512", "avx2" or "portable"
 const char* fastpetl_cpu_isas();             // those usable here, best first, separated by spaces
+double fastpetl_cpu_fma(int64_t iterations, int threads);  // runs FMA chains on that many threads; the FLOP done
 int fastpetl_set_cpu_isa(const char* name);  // 0, or -1 where this CPU or build lacks it
 }

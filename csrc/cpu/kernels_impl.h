@@ -25,8 +25,27 @@ static void pack(const fp_linear& a, void* out, int dtype, int transposed) { FP_
 static void attention_forward(const fp_attention& a, int dtype) { FP_BY_TYPE(Attention<T, E>::forward(a)) }
 static void attention_backward(const fp_attention& a, int dtype) { FP_BY_TYPE(Attention<T, E>::backward(a)) }
 
+// A ruler: independent FMA chains, as many as hide the latency. Returns the FLOP done by all threads.
+static double fma_chains(int64_t iterations, int threads) {
+  constexpr int CHAINS = 12;
+  parallel(threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      vf a[CHAINS], x = splat(1.f), y = splat(1e-9f);
+      for (int i = 0; i < CHAINS; ++i) a[i] = x;
+      for (int64_t n = 0; n < iterations; ++n) {
+#pragma GCC unroll 12
+        for (int i = 0; i < CHAINS; ++i) a[i] = fma(a[i], x, y);
+        __asm__ volatile("" : : : "memory");
+      }
+      for (int i = 0; i < CHAINS; ++i) store(scratch<float>(4, VL), a[i]);
+    }
+  });
+  return 2. * VL * CHAINS * iterations * threads;
+}
+
 extern const fp_kernels table;
 const fp_kernels table = {FP_NAME,    adapter_forward, adapter_backward,  linear_forward,     linear_backward,
-                          pack_bytes, pack,            attention_forward, attention_backward};
+                          pack_bytes, pack,            attention_forward, attention_backward,
+                          fma_chains};
 
 }  // namespace FP_ISA

@@ -17,7 +17,7 @@ from . import plan
 from .machine import cpu_flags, environment
 
 SCHEMA = 1
-ROUNDS = {"vilt": (9, 3), "adapter": (15, 5)}  # samples per variant: usually, and with --quick
+ROUNDS = {"vilt": (9, 3), "ops": (15, 5)}  # samples per variant: usually, and with --quick
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -55,14 +55,14 @@ def _parser() -> argparse.ArgumentParser:
         description="Patched against unpatched: variants verified, then timed in turns in one process on 2 pinned "
         "threads; ratios are of medians. Samples taken while other processes ran are thrown away and redone.",
     )
-    parser.add_argument("what", choices=sorted(ROUNDS), help="vilt: a whole model; adapter: one fused site")
+    parser.add_argument("what", choices=sorted(ROUNDS), help="vilt: a whole model; ops: the kernel family, op by op")
     parser.add_argument("--quick", action="store_true", help="few samples")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
     parser.add_argument(
         "--only",
         default="",
         metavar="PART[,PART]",
-        help="run what contains a PART: vilt fp32/train/patched or bf16/memory/eager, adapter fp32/r96/forward/cpp",
+        help="run what contains a PART: vilt fp32/train/patched or bf16/memory/eager, ops fp32/adapter/r96/forward/cpp",
     )
     parser.add_argument("--losses", action="store_true", help="vilt: compare 50 training losses as well (minutes)")
     parser.add_argument("--default-malloc", action="store_true", help="leave glibc's malloc as it is")

@@ -114,6 +114,21 @@ def _rate(run, seconds: float = 0.25) -> float:
     return 1 / best
 
 
+def fma_peak() -> float | None:
+    """Semantics: GFLOP/s of independent FMA chains in the widest vectors in use, on all threads: what no kernel made of
+    FMAs can exceed here; None without fastpetl._C.
+    """
+    import torch
+
+    from fastpetl._build import extension
+
+    module, _ = extension()
+    if module is None:
+        return None
+    iterations, threads = 200_000, torch.get_num_threads()
+    return _rate(lambda: module.fma(iterations, threads)) * module.fma(iterations, threads) / 1e9
+
+
 def rates(names) -> dict[str, dict[str, float]]:
     """Semantics: dtype -> what was run -> GFLOP/s, best burst. These are rates reached by real GEMMs, not FMA peaks."""
     import torch

@@ -109,21 +109,22 @@ def _chosen(result: dict) -> list[str]:
     return [table(["backends measured by patch: shape class", "chosen", "ms"], lines)] if lines else []
 
 
-def adapter(result: dict) -> str:
-    """Semantics: times, rates and ratios of `bench adapter`."""
+def ops(result: dict) -> str:
+    """Semantics: times, rates and ratios of `bench ops`."""
     found = {}
     for r in result["ratios"]:
-        found[r["dtype"], r["bottleneck"], r["mode"], r["variant"], r["against"]] = r
-    lines = []
+        found[r["dtype"], r["case"], r["mode"], r["variant"], r["against"]] = r
+    lines, losing = [], []
     for row in result["rows"]:
-        key = (row["dtype"], row["bottleneck"], row["mode"], row["variant"])
-        against = [bar(found.get((*key, base))) for base in ("eager", "compile")]
+        key = (row["dtype"], row["case"], row["mode"], row["variant"])
+        against = [found.get((*key, base)) for base in ("eager", "compile", "routed")]
+        losing += [f"{' '.join(key)} against {r['against']}: {r['ratio']:.2f}" for r in against if r and r["ratio"] < 1]
         rates = [f"{row['gflops']:.0f}", f"{row['floor_mib']:.1f}", f"{row['floor_gbs']:.1f}"]
-        words = [row["dtype"], str(row["bottleneck"]), row["mode"], row["variant"]]
-        lines.append(
-            [*words, milliseconds(row), f"{100 * row['spread']:.0f} %", *rates, *against, str(row["thrown_away"])]
-        )
-    columns = ["dtype", "r", "mode", "variant", "ms", "spread", "GFLOP/s", "floor MiB", "GB/s of floor"]
-    columns += ["eager/x", "compile/x", "thrown away"]
-    note = f"floor: the bytes a perfect kernel moves; a copy of 256 MiB runs at {result['copy_gbs']:.1f} GB/s here"
-    return table(columns, lines) + "\n" + note
+        lines.append([*key, milliseconds(row), f"{100 * row['spread']:.0f} %", *rates, *map(bar, against)])
+    columns = ["dtype", "case", "mode", "variant", "ms", "spread", "GFLOP/s", "floor MiB", "GB/s of floor"]
+    columns += ["eager/x", "compile/x", "routed/x"]
+    peak = "" if result["fma_gflops"] is None else f"; FMA chains reach {result['fma_gflops']:.0f} GFLOP/s"
+    copy = f"a copy of 256 MiB runs at {result['copy_gbs']:.1f} GB/s here"
+    note = f"floor: the bytes a perfect kernel moves; {copy}{peak}"
+    slower = ["slower than a baseline: " + ("; ".join(losing) if losing else "none")]
+    return "\n".join([table(columns, lines), note, *slower])

@@ -42,29 +42,29 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(job: dict):
-    from . import adapter, vilt
+    from . import cases, ops, vilt
     from .vilt_model import TINY, Sizes
 
     if job["what"] == "vilt":
         sizes = {"sizes": TINY if job["tiny"] else Sizes()}
         return vilt.Plan(**sizes, rounds=job["rounds"], only=job["only"], patience=job["patience"])
-    sizes = {"rows": 33, "hidden": 32, "bottlenecks": (8,)} if job["tiny"] else {}
-    return adapter.Plan(**sizes, rounds=job["rounds"], only=job["only"], patience=job["patience"])
+    size = cases.TINY if job["tiny"] else cases.Size()
+    return ops.Plan(size, rounds=job["rounds"], only=job["only"], patience=job["patience"])
 
 
 def _steps(job: dict) -> int:
-    from . import adapter, vilt
+    from . import ops, vilt
 
     if job["kind"] == "memory":
         return 1
     if job["kind"] == "losses":
         return 2 * LOSS_STEPS
     plan = _plan(job)
-    return 1 + (vilt.steps(plan, job["dtype"]) if job["what"] == "vilt" else adapter.steps(plan))
+    return 1 + (vilt.steps(plan, job["dtype"]) if job["what"] == "vilt" else ops.steps(plan))
 
 
 def _measure(job: dict, progress) -> dict:
-    from . import adapter, machine, vilt, vilt_model
+    from . import machine, ops, vilt, vilt_model
 
     plan = _plan(job)
     if job["kind"] == "memory":
@@ -79,8 +79,8 @@ def _measure(job: dict, progress) -> dict:
         found = vilt.measure(plan, job["dtype"], progress)
         found["ratios"] = vilt.ratios(found["rows"])
     else:
-        found = adapter.measure(plan, progress)
-        found["ratios"] = adapter.ratios(found["rows"])
+        found = ops.measure(plan, progress)
+        found["ratios"] = ops.ratios(found["rows"])
     facts["pinned"] = machine.pinned()  # only now have all threads started
     facts["config"] = {"dtype": job["dtype"], **_config(plan)}
     return {"machine": [facts], **found}
