@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fastpetl.bench
-from fastpetl.bench import cases, machine, ops, plan, report, timing, vilt, vilt_model
+from fastpetl.bench import cases, machine, models, ops, plan, report, timing, variant, workloads
 
-ROW = {"dtype", "mode", "variant", "status", "ms", "spread", "samples", "thrown_away", "loaded"}
+ROW = {"model", "dtype", "mode", "variant", "status", "ms", "spread", "samples", "thrown_away", "loaded"}
 QUIET = {"rounds": 3, "patience": 0.0}
 
 
@@ -48,15 +48,15 @@ def test_only_that_matches_nothing_says_so(capsys):
 
 
 def test_jobs_follow_only():
-    assert [(j["kind"], j["dtype"]) for j in plan.vilt_jobs((), False)] == [
+    assert [(j["kind"], j["dtype"]) for j in plan.model_jobs(("vilt",), (), False)] == [
         *[("time", "fp32"), ("time", "bf16")],
         *[("memory", "fp32")] * 2,
         *[("memory", "bf16")] * 2,
     ]
-    assert plan.vilt_jobs(("bf16/memory/eager",), True)[-1]["kind"] == "losses"
-    assert plan.vilt_variants((), "bf16", "train") == ["eager", "compile", "patched"]
-    assert plan.vilt_variants(("fp32/train/patched",), "fp32", "train") == ["eager", "patched"]
-    assert plan.vilt_variants(("fp32/train/patched",), "fp32", "inference") == []
+    assert plan.model_jobs(("vilt",), ("bf16/memory/eager",), True)[-1]["kind"] == "losses"
+    assert plan.model_variants((), "vilt", "bf16", "train") == ["eager", "compile", "patched"]
+    assert plan.model_variants(("fp32/train/patched",), "vilt", "fp32", "train") == ["eager", "patched"]
+    assert plan.model_variants(("fp32/train/patched",), "vilt", "fp32", "inference") == []
 
 
 @pytest.mark.parametrize("dtype", plan.DTYPES)
@@ -69,23 +69,23 @@ def test_a_wrong_model_is_refused_before_timing(monkeypatch, dtype, mode):
             out.loss = None if out.loss is None else out.loss * 1.1
         return out
 
-    original = vilt_model.Variant.forward
-    monkeypatch.setattr(vilt_model.Variant, "forward", wrong)
-    monkeypatch.setattr(vilt, "interleave", lambda *a, **k: pytest.fail("timed a wrong model"))
+    original = variant.Variant.forward
+    monkeypatch.setattr(variant.Variant, "forward", wrong)
+    monkeypatch.setattr(models, "interleave", lambda *a, **k: pytest.fail("timed a wrong model"))
     with pytest.raises(timing.Refused, match=rf"patched \({dtype}, {mode}\): logits differ .* expected at most"):
-        vilt.measure(vilt.Plan(vilt_model.TINY, only=(f"{dtype}/{mode}/patched",), **QUIET), dtype)
+        models.measure(models.Plan(workloads.VILT, True, only=(f"{dtype}/{mode}/patched",), **QUIET), dtype)
 
 
 def test_wrong_gradients_are_refused(monkeypatch):
-    original = vilt_model.Variant.gradients
+    original = variant.Variant.gradients
 
     def wrong(self):
         logits, grads = original(self)
         return logits, grads * 1.01 if self.name == "patched" else grads
 
-    monkeypatch.setattr(vilt_model.Variant, "gradients", wrong)
+    monkeypatch.setattr(variant.Variant, "gradients", wrong)
     with pytest.raises(timing.Refused, match="gradients differ"):
-        vilt.measure(vilt.Plan(vilt_model.TINY, only=("fp32/train/patched",), **QUIET), "fp32")
+        models.measure(models.Plan(workloads.VILT, True, only=("fp32/train/patched",), **QUIET), "fp32")
 
 
 @pytest.mark.parametrize("mode", ops.MODES)
@@ -127,32 +127,32 @@ def test_ops_of_the_command_line(tmp_path, capsys):
 
 def test_routed_eager_is_only_timed_in_fp32(monkeypatch):
     """A switch that computed in another precision is a row that says so, not a baseline."""
-    monkeypatch.setattr(vilt_model, "route_reason", lambda: "would compute in bf16")
-    found = vilt.measure(vilt.Plan(vilt_model.TINY, only=("fp32/inference/routed",), **QUIET), "fp32")
+    monkeypatch.setattr(variant, "route_reason", lambda: "would compute in bf16")
+    found = models.measure(models.Plan(workloads.VILT, True, only=("fp32/inference/routed",), **QUIET), "fp32")
     rows = {row["variant"]: row for row in found["rows"]}
     assert rows["routed"]["status"] == "would compute in bf16" and rows["eager"]["status"] == "ok"
     result = {"rows": found["rows"], "ratios": [], "checks": [], "memory": [], "tuned": []}
-    assert "not available: would compute in bf16" in report.vilt(result)
+    assert "not available: would compute in bf16" in report.models(result)
 
 
 def test_route_restores_the_switch_and_is_judged_by_its_error():
     before = torch.backends.mkldnn.matmul.fp32_precision
-    reason = vilt_model.route_reason()
+    reason = variant.route_reason()
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     assert reason is None or "bf16" in reason or "oneDNN" in reason
 
 
 def test_saved_bytes_counts_storages_once_and_no_parameters():
-    variant = vilt_model.make("eager", vilt_model.TINY, "fp32")
+    eager = variant.make("eager", workloads.VILT, True, "fp32")
     tokens = 2 * (8 + 6 + 1)
-    activations = vilt.saved_bytes(variant)
+    activations = models.saved_bytes(eager)
     assert tokens * 64 * 4 * 10 < activations < tokens * 64 * 4 * 200
-    assert vilt.saved_bytes(variant) == activations
+    assert models.saved_bytes(eager) == activations
 
 
 def test_losses_agree():
     steps = []
-    found = vilt_model.losses(vilt_model.TINY, 4, steps.append)
+    found = variant.losses(workloads.VILT, True, 4, steps.append)
     assert found["met"] and len(found["eager"]) == len(found["patched"]) == 4 and len(steps) == 8
     assert found["eager"][0] != found["eager"][1]  # the batches differ
 
@@ -184,10 +184,10 @@ def test_with_nothing_but_loaded_samples_the_row_says_so(monkeypatch):
 
 def test_ratios_are_of_medians():
     rows = [
-        {"dtype": "fp32", "mode": "train", "variant": name, "status": "ok", "ms": ms}
+        {"model": "vilt", "dtype": "fp32", "mode": "train", "variant": name, "status": "ok", "ms": ms}
         for name, ms in (("eager", 30.0), ("routed", 11.0), ("patched", 10.0))
     ]
-    found = {r["against"]: (r["ratio"], r["bar"], r["met"]) for r in vilt.ratios(rows)}
+    found = {r["against"]: (r["ratio"], r["bar"], r["met"]) for r in models.ratios(rows)}
     assert found == {"eager": (3.0, 2.0, True), "routed": (1.1, 1.2, False)}
 
 

@@ -17,13 +17,15 @@ from . import plan
 from .machine import cpu_flags, environment
 
 SCHEMA = 1
-ROUNDS = {"vilt": (9, 3), "ops": (15, 5)}  # samples per variant: usually, and with --quick
+ROUNDS = {"vilt": (9, 3), "models": (9, 3), "ops": (15, 5)}  # samples per variant: usually, and with --quick
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     only = tuple(part for part in args.only.split(",") if part)
-    jobs = plan.vilt_jobs(only, args.losses) if args.what == "vilt" else [{"kind": "time", "dtype": "all"}]
+    jobs = [{"kind": "time", "dtype": "all"}]
+    if args.what in plan.MODELS:
+        jobs = plan.model_jobs(plan.MODELS[args.what], only, args.losses)
     if not jobs:
         print(f"bench: --only {args.only} matches nothing, expected a part of e.g. fp32/train/patched", file=sys.stderr)
         return 2
@@ -55,7 +57,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Patched against unpatched: variants verified, then timed in turns in one process on 2 pinned "
         "threads; ratios are of medians. Samples taken while other processes ran are thrown away and redone.",
     )
-    parser.add_argument("what", choices=sorted(ROUNDS), help="vilt: a whole model; ops: the kernel family, op by op")
+    parser.add_argument(
+        "what",
+        choices=sorted(ROUNDS),
+        help="vilt: ViLT with DAS adapters; models: METER, VL-BART, VL-T5; ops: the kernel family, op by op",
+    )
     parser.add_argument("--quick", action="store_true", help="few samples")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
     parser.add_argument(
@@ -72,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(job: dict) -> dict:
     """One measurement in a process of its own; its result, or {"refused": why}."""
-    cap = job["what"] == "vilt" and job["dtype"] == "fp32" and "amx_tile" in cpu_flags()
+    cap = job["dtype"] == "fp32" and "amx_tile" in cpu_flags()
     with tempfile.TemporaryDirectory(prefix="fastpetl-bench-") as folder:
         ask, answer = Path(folder, "job.json"), Path(folder, "result.json")
         ask.write_text(json.dumps(job))
@@ -105,4 +111,4 @@ def _show(result: dict) -> None:
         text = report.machine(facts)
         if text not in seen:
             seen.append(text)
-    print("\n\n".join([*seen, getattr(report, result["bench"])(result)]))
+    print("\n\n".join([*seen, getattr(report, "ops" if result["bench"] == "ops" else "models")(result)]))

@@ -27,7 +27,7 @@ def environment(*, cap_onednn: bool = False) -> dict[str, str]:
     """Semantics: the environment of a measuring process, to be set before it imports torch.
 
     Two OpenMP threads on two fixed CPUs; torch.compile in the process itself, so that no idle workers are about.
-    cap_onednn: oneDNN may not use AMX (see `vilt.route`).
+    cap_onednn: oneDNN may not use AMX (see `variant.route`).
     """
     cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(THREADS))
     settings = {

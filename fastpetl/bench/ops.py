@@ -11,7 +11,7 @@ from .cases import CASES, GRADS, Built, Case, Maker, Size
 from .machine import copy_bandwidth, fma_peak
 from .plan import wants, with_eager
 from .timing import Refused, interleave
-from .vilt_model import DTYPES, route, route_reason
+from .variant import DTYPES, route, route_reason
 
 MODES = ("forward", GRADS)
 BASELINES = ("eager", "compile", "routed")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 DTYPES = ("fp32", "bf16")
 MODES = ("inference", "train")
-VILT_VARIANTS = ("eager", "compile", "routed", "patched")
+MODELS = {"vilt": ("vilt",), "models": ()}  # the workloads of each command
+VARIANTS = ("eager", "compile", "routed", "patched")
 MEMORY_VARIANTS = ("eager", "patched")
+LOSSES = "vilt"  # the model whose losses --losses compares
 
 
 def wants(only: tuple[str, ...], *path: str) -> bool:
@@ -18,19 +20,20 @@ def with_eager(names: list[str]) -> list[str]:
     return ["eager", *(name for name in names if name != "eager")] if names else []
 
 
-def vilt_variants(only: tuple[str, ...], dtype: str, mode: str) -> list[str]:
-    """Semantics: the variants of `bench vilt` to be timed. Routing concerns fp32 alone."""
-    names = [name for name in VILT_VARIANTS if wants(only, dtype, mode, name)]
+def model_variants(only: tuple[str, ...], model: str, dtype: str, mode: str) -> list[str]:
+    """Semantics: the variants of a model's benchmark to be timed. Routing concerns fp32 alone."""
+    names = [name for name in VARIANTS if wants(only, model, dtype, mode, name)]
     return with_eager([name for name in names if dtype == "fp32" or name != "routed"])
 
 
-def vilt_jobs(only: tuple[str, ...], losses: bool) -> list[dict]:
-    """Semantics: the processes `bench vilt` consists of."""
+def model_jobs(models: tuple[str, ...], only: tuple[str, ...], losses: bool) -> list[dict]:
+    """Semantics: the processes `bench vilt` and `bench models` consist of."""
     jobs = []
-    for dtype in DTYPES:
-        if any(vilt_variants(only, dtype, mode) for mode in MODES):
-            jobs.append({"kind": "time", "dtype": dtype})
-    for dtype in DTYPES:
-        names = [name for name in MEMORY_VARIANTS if wants(only, dtype, "memory", name)]
-        jobs += [{"kind": "memory", "dtype": dtype, "variant": name} for name in names]
-    return [*jobs, {"kind": "losses", "dtype": "fp32"}] if losses else jobs
+    for model in models:
+        for dtype in DTYPES:
+            if any(model_variants(only, model, dtype, mode) for mode in MODES):
+                jobs.append({"kind": "time", "model": model, "dtype": dtype})
+        for dtype in DTYPES:
+            names = [name for name in MEMORY_VARIANTS if wants(only, model, dtype, "memory", name)]
+            jobs += [{"kind": "memory", "model": model, "dtype": dtype, "variant": name} for name in names]
+    return [*jobs, {"kind": "losses", "model": LOSSES, "dtype": "fp32"}] if losses else jobs

@@ -45,33 +45,43 @@ def bar(ratio: dict | None) -> str:
     return f"{text} (>= {ratio['bar']}: {'met' if ratio['met'] else 'MISSED'})"
 
 
-def vilt(result: dict) -> str:
-    """Semantics: times, ratios, checks and memory of `bench vilt`."""
+def models(result: dict) -> str:
+    """Semantics: times, ratios, checks and memory of `bench vilt` and `bench models`."""
     rows, base = [], {}
     for row in result["rows"]:
         if row["status"] == "ok":
-            base[row["dtype"], row["mode"], row["variant"]] = row["ms"]
+            base[row["model"], row["dtype"], row["mode"], row["variant"]] = row["ms"]
     for row in result["rows"]:
-        head = [row["dtype"], row["mode"], row["variant"]]
+        head = [row["model"], row["dtype"], row["mode"], row["variant"]]
         if row["status"] != "ok":
             rows.append([*head, "-", "-", "-", "-", "-", f"not available: {row['status']}"])
             continue
-        over = [base.get((*head[:2], name)) for name in ("eager", "compile", "routed")]
+        over = [base.get((*head[:3], name)) for name in ("eager", "compile", "routed")]
         over = ["-" if ms is None else f"{ms / row['ms']:.2f}" for ms in over]
         note = f"{len(row['samples'])} samples, {row['thrown_away']} thrown away"
         rows.append([*head, milliseconds(row), f"{100 * row['spread']:.0f} %", *over, note])
-    columns = ["dtype", "mode", "variant", "ms", "spread", "eager/x", "compile/x", "routed/x", "note"]
+    columns = ["model", "dtype", "mode", "variant", "ms", "spread", "eager/x", "compile/x", "routed/x", "note"]
     parts = [table(columns, rows)] if rows else []
     if result["ratios"]:
-        lines = [[r["dtype"], r["mode"], r["against"], bar(r)] for r in result["ratios"]]
-        parts.append(table(["dtype", "mode", "patched against", "ratio of medians"], lines))
+        lines = [[r["model"], r["dtype"], r["mode"], r["against"], bar(r)] for r in result["ratios"]]
+        parts.append(table(["model", "dtype", "mode", "patched against", "ratio of medians"], lines))
     if result["checks"]:
         lines = []
         for c in result["checks"]:
             own = "" if c["eager_error"] is None else f", eager {c['eager_error']:.1e}"
             what = f"{c['what']} against {c['against']}"
-            lines.append([c["dtype"], c["mode"], c["variant"], what, f"{c['error']:.1e}", f"<= {c['limit']:.1e}{own}"])
-        parts.append(table(["dtype", "mode", "variant", "checked before timing", "error", "allowed"], lines))
+            lines.append(
+                [
+                    c["model"],
+                    c["dtype"],
+                    c["mode"],
+                    c["variant"],
+                    what,
+                    f"{c['error']:.1e}",
+                    f"<= {c['limit']:.1e}{own}",
+                ]
+            )
+        parts.append(table(["model", "dtype", "mode", "variant", "checked before timing", "error", "allowed"], lines))
     parts += _memory(result) + _losses(result) + _chosen(result)
     return "\n\n".join(parts)
 
@@ -82,8 +92,8 @@ def _mib(value: float | None) -> str:
 
 def _memory(result: dict) -> list[str]:
     keys = ("saved_mib", "step_peak_mib", "process_peak_mib")
-    lines = [[m["dtype"], m["variant"], *(_mib(m[key]) for key in keys)] for m in result["memory"]]
-    columns = ["dtype", "variant", "saved for backward, MiB", "peak RSS of a step, MiB", "of the process, MiB"]
+    lines = [[m["model"], m["dtype"], m["variant"], *(_mib(m[key]) for key in keys)] for m in result["memory"]]
+    columns = ["model", "dtype", "variant", "saved for backward, MiB", "peak RSS of a step, MiB", "of the process, MiB"]
     return [table(columns, lines)] if lines else []
 
 

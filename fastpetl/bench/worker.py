@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     from tqdm import tqdm
 
     torch.set_num_threads(THREADS)
-    name = f"{job['what']} {job['kind']}"
+    name = f"{job.get('model', job['what'])} {job['kind']}"
     with tqdm(total=_steps(job), desc=name, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
 
         def progress(what: str) -> None:
@@ -42,54 +42,54 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(job: dict):
-    from . import cases, ops, vilt
-    from .vilt_model import TINY, Sizes
+    from . import cases, models, ops, workloads
 
-    if job["what"] == "vilt":
-        sizes = {"sizes": TINY if job["tiny"] else Sizes()}
-        return vilt.Plan(**sizes, rounds=job["rounds"], only=job["only"], patience=job["patience"])
-    size = cases.TINY if job["tiny"] else cases.Size()
-    return ops.Plan(size, rounds=job["rounds"], only=job["only"], patience=job["patience"])
+    common = {"rounds": job["rounds"], "only": job["only"], "patience": job["patience"]}
+    if job["what"] == "ops":
+        return ops.Plan(cases.TINY if job["tiny"] else cases.Size(), **common)
+    return models.Plan(workloads.WORKLOADS[job["model"]], job["tiny"], **common)
 
 
 def _steps(job: dict) -> int:
-    from . import ops, vilt
+    from . import models, ops
 
     if job["kind"] == "memory":
         return 1
     if job["kind"] == "losses":
         return 2 * LOSS_STEPS
     plan = _plan(job)
-    return 1 + (vilt.steps(plan, job["dtype"]) if job["what"] == "vilt" else ops.steps(plan))
+    return 1 + (ops.steps(plan) if job["what"] == "ops" else models.steps(plan, job["dtype"]))
 
 
 def _measure(job: dict, progress) -> dict:
-    from . import machine, ops, vilt, vilt_model
+    from . import machine, models, ops, variant
 
     plan = _plan(job)
     if job["kind"] == "memory":
         progress(f"{job['dtype']} {job['variant']}")
-        return {"memory": [vilt.memory(plan, job["dtype"], job["variant"])]}
+        return {"memory": [models.memory(plan, job["dtype"], job["variant"])]}
     if job["kind"] == "losses":
-        return {"losses": vilt_model.losses(plan.sizes, LOSS_STEPS, progress)}
+        return {"losses": variant.losses(plan.work, plan.tiny, LOSS_STEPS, progress)}
     progress("machine")
     dtypes = () if job["tiny"] else DTYPES if job["dtype"] == "all" else (job["dtype"],)
     facts = {**machine.facts(dtypes), "malloc": job["malloc"]}
-    if job["what"] == "vilt":
-        found = vilt.measure(plan, job["dtype"], progress)
-        found["ratios"] = vilt.ratios(found["rows"])
-    else:
+    if job["what"] == "ops":
         found = ops.measure(plan, progress)
         found["ratios"] = ops.ratios(found["rows"])
+    else:
+        found = models.measure(plan, job["dtype"], progress)
+        found["ratios"] = models.ratios(found["rows"])
     facts["pinned"] = machine.pinned()  # only now have all threads started
-    facts["config"] = {"dtype": job["dtype"], **_config(plan)}
+    facts["config"] = {"dtype": job["dtype"], **_config(job, plan)}
     return {"machine": [facts], **found}
 
 
-def _config(plan) -> dict:
+def _config(job: dict, plan) -> dict:
     import dataclasses
 
-    return dataclasses.asdict(plan)
+    if job["what"] == "ops":
+        return dataclasses.asdict(plan)
+    return {"model": plan.work.name, "workload": plan.work.title, "tiny": plan.tiny, "rounds": plan.rounds}
 
 
 if __name__ == "__main__":

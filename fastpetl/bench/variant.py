@@ -1,85 +1,19 @@
-"""The workload of `bench vilt`: Hugging Face's ViLT with DAS adapters, its variants, and do they compute the same."""
+"""One way to run a benchmark's model (eager, compiled, routed, patched), and do the ways compute the same?"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from dataclasses import dataclass, field
 
 import torch
 
 from .timing import Refused
+from .workloads import Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LOGITS_LIMIT = 1e-4  # fp32, largest difference / largest logit
 GRADIENT_LIMIT = 1e-3  # fp32, relative norm over all trainable parameters
 LOSSES_LIMIT = 1e-3
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """One workload; the defaults are ViT-B/32's: 40 text tokens + 12 x 20 patches + 1 = 281 tokens."""
-
-    batch: int = 8
-    text: int = 40
-    image: tuple[int, int] = (384, 640)
-    labels: int = 3129
-    bottleneck: int = 96
-    config: dict = field(default_factory=dict)
-
-
-TINY = Sizes(
-    batch=2,
-    text=8,
-    image=(32, 48),
-    labels=7,
-    bottleneck=8,
-    config={
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 128,
-        "vocab_size": 100,
-        "image_size": 32,
-        "patch_size": 16,
-    },
-)
-
-
-def build(sizes: Sizes, dtype: torch.dtype):
-    """Semantics: the attached, unpatched model with random weights from a fixed seed, in eval mode.
-
-    Adapters are random, not zero, biases included. Queries and keys are three times their initial size: at initial size
-    attention is all but uniform and hides its errors.
-    """
-    from transformers import ViltConfig, ViltForQuestionAnswering
-
-    import fastpetl
-
-    torch.manual_seed(0)
-    model = ViltForQuestionAnswering(ViltConfig(num_labels=sizes.labels, **sizes.config))
-    fastpetl.attach(model, fastpetl.DASConfig(bottleneck=sizes.bottleneck), patch=False)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "adapter" in name and p.dim() == 1 and "norm" not in name:
-                p.normal_(std=0.02)
-            elif name.endswith(("query.weight", "key.weight")):
-                p.mul_(3)
-    return model.to(dtype).eval()
-
-
-def inputs(sizes: Sizes, dtype: torch.dtype, vocabulary: int, seed: int = 1) -> tuple[dict, torch.Tensor]:
-    """Semantics: (arguments of the model's forward, soft labels)."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = {
-        "input_ids": torch.randint(0, vocabulary, (sizes.batch, sizes.text), generator=generator),
-        "attention_mask": torch.ones(sizes.batch, sizes.text, dtype=torch.long),
-        "pixel_values": torch.randn(sizes.batch, 3, *sizes.image, generator=generator).to(dtype),
-    }
-    return batch, torch.rand(sizes.batch, sizes.labels, generator=generator).to(dtype)
-
-
-# --- eager, with every fp32 GEMM sent to oneDNN -------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -117,58 +51,56 @@ def route_reason() -> str | None:
 class Variant:
     """One way to run the model: its own weights (it takes `model` as its own), its own optimizer, one batch."""
 
-    def __init__(self, name: str, model, batch: dict, labels: torch.Tensor):
+    def __init__(self, name: str, work: Workload, model, batch: dict):
         import fastpetl
 
-        self.name, self.batch, self.labels = name, batch, labels
-        self.model = model
+        self.name, self.work, self.batch, self.model = name, work, batch, model
         self._context = route if name == "routed" else contextlib.nullcontext
         if name == "compile":
-            # Not the whole model: ViLT's visual embedding has data-dependent shapes, which break the graph anyway.
-            self.model.vilt.encoder.compile()
+            work.compile(self.model)
         elif name == "patched":
             fastpetl.patch(self.model)
         self._optimizer = None
 
-    def forward(self, labels=None, batch=None):
+    def forward(self, batch: dict):
         torch.manual_seed(1)  # ViLT shuffles the image patches with the global generator, in eval mode as well
-        return self.model(**(batch or self.batch), labels=labels)
+        return self.model(**batch)
 
     @torch.no_grad()
     def infer(self) -> torch.Tensor:
         """Semantics: the logits, no gradient recorded."""
         self.model.eval()
         with self._context():
-            return self.forward().logits
+            return self.forward(self.work.for_inference(self.batch)).logits
 
     def gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Semantics: (logits, all trainable parameters' gradients end to end), of the training forward."""
         self.model.train().zero_grad(set_to_none=True)
         with self._context():
-            out = self.forward(self.labels)
+            out = self.forward(self.batch)
             out.loss.backward()
         flat = torch.cat([p.grad.reshape(-1) for p in self.model.parameters() if p.grad is not None])
         self.model.zero_grad(set_to_none=True)
         return out.logits.detach(), flat
 
-    def step(self, batch=None, labels=None) -> torch.Tensor:
-        """Semantics: one training step (AdamW, binary cross entropy); returns the loss."""
+    def step(self, batch: dict | None = None) -> torch.Tensor:
+        """Semantics: one training step (AdamW, the model's own loss); returns the loss."""
         if self._optimizer is None:
             trainable = [p for p in self.model.parameters() if p.requires_grad]
             self._optimizer = torch.optim.AdamW(trainable, lr=1e-4)
         self.model.train()
         self._optimizer.zero_grad(set_to_none=True)
         with self._context():
-            loss = self.forward(self.labels if labels is None else labels, batch).loss
+            loss = self.forward(self.batch if batch is None else batch).loss
             loss.backward()
         self._optimizer.step()
         return loss.detach()
 
 
-def make(name: str, sizes: Sizes, dtype: str):
-    """Semantics: one variant from scratch, equal to the others of the same sizes and dtype."""
-    base = build(sizes, DTYPES[dtype])
-    return Variant(name, base, *inputs(sizes, DTYPES[dtype], base.config.vocab_size))
+def make(name: str, work: Workload, tiny: bool, dtype: str) -> Variant:
+    """Semantics: one variant from scratch, equal to the others of the same workload and dtype."""
+    base = work.build(tiny).to(DTYPES[dtype])
+    return Variant(name, work, base, work.batch(base, tiny, DTYPES[dtype]))
 
 
 # --- do they compute the same? ----------------------------------------------------------------------------------------
@@ -235,17 +167,17 @@ def _results(variant: Variant, mode: str) -> dict[str, torch.Tensor]:
     return {"logits": logits, "gradients": grads}
 
 
-def losses(sizes: Sizes, steps: int, progress) -> dict:
+def losses(work: Workload, tiny: bool, steps: int, progress) -> dict:
     """Semantics: fp32 training losses of eager and patched over `steps` steps, four batches in turn, and their largest
     relative difference.
     """
-    base = build(sizes, torch.float32)
-    batches = [inputs(sizes, torch.float32, base.config.vocab_size, seed) for seed in range(4)]
-    variants = {name: Variant(name, copy.deepcopy(base), *batches[0]) for name in ("eager", "patched")}
+    base = work.build(tiny)
+    batches = [work.batch(base, tiny, torch.float32, seed) for seed in range(4)]
+    variants = {name: Variant(name, work, copy.deepcopy(base), batches[0]) for name in ("eager", "patched")}
     found = {name: [] for name in variants}
     for i in range(steps):
         for name, variant in variants.items():
-            found[name].append(variant.step(*batches[i % len(batches)]).item())
+            found[name].append(variant.step(batches[i % len(batches)]).item())
             progress(name)
     difference = max(abs(p - e) / abs(e) for e, p in zip(found["eager"], found["patched"], strict=True))
     return {"steps": steps, "difference": difference, "limit": LOSSES_LIMIT, "met": difference <= LOSSES_LIMIT, **found}

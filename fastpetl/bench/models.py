@@ -1,4 +1,4 @@
-"""`bench vilt`: inference and training step of ViLT with DAS adapters, eager against compiled, routed and patched."""
+"""`bench vilt` and `bench models`: inference and training step, eager against compiled, routed and patched."""
 
 from __future__ import annotations
 
@@ -8,38 +8,31 @@ from dataclasses import dataclass
 
 import torch
 
-from . import vilt_model as vm
-from .plan import MODES, vilt_variants
+from . import variant as vm
+from .plan import MODES, model_variants
 from .timing import interleave
-
-# (dtype, mode, against) -> the ratio that must be reached by `patched`. bf16 must never be slower than eager.
-BARS = {
-    ("fp32", "inference", "eager"): 2.1,
-    ("fp32", "inference", "compile"): 2.1,
-    ("fp32", "inference", "routed"): 1.2,
-    ("fp32", "train", "eager"): 2.0,
-    ("fp32", "train", "compile"): 2.0,
-    ("fp32", "train", "routed"): 1.2,
-    ("bf16", "inference", "eager"): 1.1,
-    ("bf16", "train", "eager"): 1.1,
-}
+from .workloads import WORKLOADS, Workload
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: `only` are substrings of dtype/mode/variant, empty for everything."""
+    """What to run of one workload: `only` are substrings of model/dtype/mode/variant, empty for everything."""
 
-    sizes: vm.Sizes = vm.Sizes()
+    work: Workload
+    tiny: bool = False
     rounds: int = 9
     only: tuple[str, ...] = ()
     patience: float = 120.0  # seconds spent on waiting for a quiet machine, per group of variants
+
+    def variants(self, dtype: str, mode: str) -> list[str]:
+        return model_variants(self.only, self.work.name, dtype, mode)
 
 
 def steps(plan: Plan, dtype: str) -> int:
     """Semantics: how often `measure` reports progress."""
     count = 0
     for mode in MODES:
-        names = vilt_variants(plan.only, dtype, mode)
+        names = plan.variants(dtype, mode)
         count += len(names) * (1 + plan.rounds) + bool(names) + ("compile" in names and not count)
     return count
 
@@ -50,28 +43,36 @@ def measure(plan: Plan, dtype: str, progress=lambda what: None) -> dict:
     Raises Refused, before timing, if a variant computes something else than eager.
     """
     rows, checks = [], []
-    wanted = {mode: vilt_variants(plan.only, dtype, mode) for mode in MODES}
+    wanted = {mode: plan.variants(dtype, mode) for mode in MODES}
     unavailable = {"routed": vm.route_reason()} if any("routed" in names for names in wanted.values()) else {}
     unavailable = {name: reason for name, reason in unavailable.items() if reason}
-    base = vm.build(plan.sizes, vm.DTYPES[dtype])
-    batch = vm.inputs(plan.sizes, vm.DTYPES[dtype], base.config.vocab_size)
+    base = plan.work.build(plan.tiny).to(vm.DTYPES[dtype])
+    batch = plan.work.batch(base, plan.tiny, vm.DTYPES[dtype])
     variants = {}
     for mode in MODES:
         for name in wanted[mode]:
             if name in unavailable:
-                rows.append({"dtype": dtype, "mode": mode, "variant": name, "status": unavailable[name]})
+                rows.append(
+                    {
+                        "model": plan.work.name,
+                        "dtype": dtype,
+                        "mode": mode,
+                        "variant": name,
+                        "status": unavailable[name],
+                    }
+                )
                 progress(f"{name}: not available")
                 continue
             if name not in variants:
-                variants[name] = vm.Variant(name, copy.deepcopy(base), *batch)
+                variants[name] = vm.Variant(name, plan.work, copy.deepcopy(base), batch)
                 if name == "compile":
-                    unavailable.update(_compile(variants[name], dtype, mode, rows, progress))
+                    unavailable.update(_compile(plan, variants[name], dtype, mode, rows, progress))
         present = {name: variants[name] for name in wanted[mode] if name not in unavailable}
         if not present:
             continue
-        truth = present["eager"] if dtype == "fp32" else _single(base, batch)
+        truth = present["eager"] if dtype == "fp32" else _single(plan.work, base, batch)
         progress(f"{dtype} {mode}: compare")
-        checks += vm.verify(present, dtype, mode, truth)
+        checks += [{"model": plan.work.name, **c} for c in vm.verify(present, dtype, mode, truth)]
         del truth
         gc.collect()
         calls = {name: (v.infer if mode == "inference" else v.step) for name, v in present.items()}
@@ -82,11 +83,13 @@ def measure(plan: Plan, dtype: str, progress=lambda what: None) -> dict:
             progress=lambda what, mode=mode: progress(f"{dtype} {mode}: {what}"),
         )
         for name, timing in timed.items():
-            rows.append({"dtype": dtype, "mode": mode, "variant": name, "status": "ok", **timing.row()})
+            rows.append(
+                {"model": plan.work.name, "dtype": dtype, "mode": mode, "variant": name, "status": "ok", **timing.row()}
+            )
     return {"rows": rows, "checks": checks, "tuned": _tuned()}
 
 
-def _compile(variant, dtype: str, mode: str, rows: list, progress) -> dict:
+def _compile(plan, variant, dtype: str, mode: str, rows: list, progress) -> dict:
     """Compiles by running once; a compiler that fails is a row that says so, not the end of the benchmark."""
     progress(f"{dtype} {mode}: torch.compile compiles")
     try:
@@ -94,16 +97,15 @@ def _compile(variant, dtype: str, mode: str, rows: list, progress) -> dict:
     except Exception as error:  # noqa: BLE001  (inductor raises whatever the C++ compiler made it raise)
         line = str(error).strip().splitlines() or [""]
         reason = f"torch.compile failed: {type(error).__name__}: {line[0][:120]}"
-        rows.append({"dtype": dtype, "mode": mode, "variant": "compile", "status": reason})
+        rows.append({"model": plan.work.name, "dtype": dtype, "mode": mode, "variant": "compile", "status": reason})
         return {"compile": reason}
     return {}
 
 
-def _single(base, batch):
+def _single(work, base, batch):
     """The same weights and inputs in fp32."""
-    inputs, labels = batch
-    inputs = {name: t.float() if t.is_floating_point() else t for name, t in inputs.items()}
-    return vm.Variant("eager", copy.deepcopy(base).float(), inputs, labels.float())
+    batch = {name: t.float() if t.is_floating_point() else t for name, t in batch.items()}
+    return vm.Variant("eager", work, copy.deepcopy(base).float(), batch)
 
 
 def _tuned() -> list[dict]:
@@ -125,7 +127,7 @@ def memory(plan: Plan, dtype: str, name: str) -> dict:
     step_peak_mib: highest resident memory of two steps after the first. process_peak_mib: of the whole process, first
     step (in which the patched model measures its backends) and imports included.
     """
-    variant = vm.make(name, plan.sizes, dtype)
+    variant = vm.make(name, plan.work, plan.tiny, dtype)
     first = variant.step()
     whole = high_water_mib()
     try:
@@ -139,6 +141,7 @@ def memory(plan: Plan, dtype: str, name: str) -> dict:
     peak = high_water_mib()
     saved = saved_bytes(variant)  # last: what it frees stays with the allocator
     return {
+        "model": plan.work.name,
         "dtype": dtype,
         "variant": name,
         "saved_mib": saved / 2**20,
@@ -151,7 +154,7 @@ def memory(plan: Plan, dtype: str, name: str) -> dict:
 def saved_bytes(variant) -> int:
     """Semantics: bytes of the distinct storages autograd keeps for one training forward, less parameters and inputs."""
     model = variant.model.train()
-    known = [*model.parameters(), *model.buffers(), variant.labels, *variant.batch.values()]
+    known = [*model.parameters(), *model.buffers(), *variant.batch.values()]
     ours = {t.untyped_storage().data_ptr() for t in known}
     kept = {}
 
@@ -162,7 +165,7 @@ def saved_bytes(variant) -> int:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = variant.forward(variant.labels).loss  # keeps the graph, so that no address is used twice
+        loss = variant.forward(variant.batch).loss  # keeps the graph, so that no address is used twice
     total = sum(kept.values())
     del loss
     return total
@@ -181,15 +184,18 @@ def high_water_mib() -> float | None:
 
 
 def ratios(rows: list[dict]) -> list[dict]:
-    """Semantics: patched against every other variant of its dtype and mode: ratio of medians, the bar, met or not."""
-    ms = {(r["dtype"], r["mode"], r["variant"]): r["ms"] for r in rows if r["status"] == "ok"}
+    """Semantics: patched against every other variant of its model, dtype and mode: ratio of medians, the bar, met or
+    not.
+    """
+    ms = {(r["model"], r["dtype"], r["mode"], r["variant"]): r["ms"] for r in rows if r["status"] == "ok"}
     found = []
-    for (dtype, mode, name), base in ms.items():
-        patched = ms.get((dtype, mode, "patched"))
+    for (model, dtype, mode, name), base in ms.items():
+        patched = ms.get((model, dtype, mode, "patched"))
         if name == "patched" or patched is None:
             continue
-        bar = BARS.get((dtype, mode, name))
+        bar = WORKLOADS[model].bars.get((dtype, mode, name))
         ratio = base / patched
         met = None if bar is None else ratio >= bar
-        found.append({"dtype": dtype, "mode": mode, "against": name, "ratio": ratio, "bar": bar, "met": met})
+        head = {"model": model, "dtype": dtype, "mode": mode}
+        found.append({**head, "against": name, "ratio": ratio, "bar": bar, "met": met})
     return found
