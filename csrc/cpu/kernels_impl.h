@@ -26,21 +26,20 @@ static void attention_forward(const fp_attention& a, int dtype) { FP_BY_TYPE(Att
 static void attention_backward(const fp_attention& a, int dtype) { FP_BY_TYPE(Attention<T, E>::backward(a)) }
 
 // A ruler: independent FMA chains, as many as hide the latency. Returns the FLOP done by all threads.
-static double fma_chains(int64_t iterations, int threads) {
+static float fma_chain(int64_t iterations, float factor) {
   constexpr int CHAINS = 12;
-  parallel(threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t t = begin; t < end; ++t) {
-      vf a[CHAINS], x = splat(1.f), y = splat(1e-9f);
-      for (int i = 0; i < CHAINS; ++i) a[i] = x;
-      for (int64_t n = 0; n < iterations; ++n) {
+  vf a[CHAINS] = {}, x = splat(factor), y = splat(1e-9f);
+  for (int64_t n = 0; n < iterations; ++n)
 #pragma GCC unroll 12
-        for (int i = 0; i < CHAINS; ++i) a[i] = fma(a[i], x, y);
-        __asm__ volatile("" : : : "memory");
-      }
-      for (int i = 0; i < CHAINS; ++i) store(scratch<float>(4, VL), a[i]);
-    }
+    for (int i = 0; i < CHAINS; ++i) a[i] = fma(a[i], x, y + splat(i * 1e-12f));
+  for (int i = 1; i < CHAINS; ++i) a[0] += a[i];
+  return sum(a[0]);
+}
+static double fma_chains(int64_t iterations, int threads) {
+  parallel(threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) *scratch<float>(4, 1) = fma_chain(iterations, 1.f - 1e-6f * threads);
   });
-  return 2. * VL * CHAINS * iterations * threads;
+  return 2. * VL * 12 * iterations * threads;
 }
 
 extern const fp_kernels table;
