@@ -37,14 +37,17 @@ BACKENDS = {
     "adapter": ("cpp", "triton", "reference"),
     "linear": ("cpp", "onednn", "torch", "reference"),
     "attention": ("cpp", "torch", "reference"),
+    "residual_norm": ("cpp", "reference"),
 }
 _AUTO = {
     ("adapter", "cpu"): ("cpp", "reference"),
     ("adapter", "cuda"): ("triton", "reference"),
     ("linear", "cpu"): ("cpp", "onednn", "torch"),
     ("attention", "cpu"): ("cpp", "reference", "torch"),
+    ("residual_norm", "cpu"): ("cpp", "reference"),
 }
-_ELSEWHERE = {"adapter": "reference", "linear": "torch", "attention": "torch"}  # devices without kernels of ours
+# on devices without kernels of ours:
+_ELSEWHERE = {"adapter": "reference", "linear": "torch", "attention": "torch", "residual_norm": "reference"}
 _NAMES = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 128  # csrc/cpu's attention keeps one head's row in registers

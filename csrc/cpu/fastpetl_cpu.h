@@ -50,6 +50,19 @@ struct fp_attention {
   float scale;
 };
 
+// s = x + drop(f), n = norm(s);  backward: dx, df, dweight, dbias from g_s and g_n
+struct fp_residual_norm {
+  const void *x, *f, *weight, *bias;            // forward; f may be null: s is x
+  const void *g_s, *g_n, *s_in;                 // backward
+  void *s, *n, *dx, *df, *dweight, *dbias;      // null: not wanted
+  float* stats;                                 // (mean, rstd) per row; written by forward (may be null), read by backward
+  const uint8_t* mask;                          // per sample of `sample` rows, or null
+  int64_t rows, sample, seed;
+  int d, tail;                                  // 0 none, 1 LayerNorm, 2 RMSNorm
+  float eps;
+  double dropout;
+};
+
 // One table per instruction set; each function takes the element type of all its matrices.
 struct fp_kernels {
   const char* isa;
@@ -61,6 +74,8 @@ struct fp_kernels {
   void (*pack)(const fp_linear&, void* out, int dtype, int transposed);
   void (*attention_forward)(const fp_attention&, int dtype);
   void (*attention_backward)(const fp_attention&, int dtype);
+  void (*residual_norm_forward)(const fp_residual_norm&, int dtype);
+  void (*residual_norm_backward)(const fp_residual_norm&, int dtype);
   double (*fma_chains)(int64_t iterations, int threads);  // for measuring the peak
 };
 const fp_kernels* fp_active();  // the table in use: the best this CPU has, or what was set

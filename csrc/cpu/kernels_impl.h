@@ -2,6 +2,7 @@
 #include "adapter_impl.h"
 #include "attention_impl.h"
 #include "linear_impl.h"
+#include "residual_norm_impl.h"
 
 namespace FP_ISA {
 
@@ -25,6 +26,9 @@ static void pack(const fp_linear& a, void* out, int dtype, int transposed) { FP_
 static void attention_forward(const fp_attention& a, int dtype) { FP_BY_TYPE(Attention<T, E>::forward(a)) }
 static void attention_backward(const fp_attention& a, int dtype) { FP_BY_TYPE(Attention<T, E>::backward(a)) }
 
+static void residual_norm_forward(const fp_residual_norm& a, int dtype) { dtype == FP_F32 ? ResidualNorm<float>::forward(a) : ResidualNorm<bf16>::forward(a); }
+static void residual_norm_backward(const fp_residual_norm& a, int dtype) { dtype == FP_F32 ? ResidualNorm<float>::backward(a) : ResidualNorm<bf16>::backward(a); }
+
 // A ruler: independent FMA chains, as many as hide the latency. Returns the FLOP done by all threads.
 static float fma_chain(int64_t iterations, float factor) {
   constexpr int CHAINS = 12;
@@ -45,6 +49,6 @@ static double fma_chains(int64_t iterations, int threads) {
 extern const fp_kernels table;
 const fp_kernels table = {FP_NAME,    adapter_forward, adapter_backward,  linear_forward,     linear_backward,
                           pack_bytes, pack,            attention_forward, attention_backward,
-                          fma_chains};
+                          residual_norm_forward, residual_norm_backward, fma_chains};
 
 }  // namespace FP_ISA

@@ -1,0 +1,153 @@
+// s = x + drop(f), n = norm(s): one pass over the rows forward; backward one pass, then column sums for the norm's
+// parameters, parallel over columns with all rows as the reduction: the same bits for any number of threads.
+#pragma once
+#include "pack.h"
+
+namespace FP_ISA {
+
+// Philox-4x32-10 of the element's position: keep flags as factors, 4 elements a draw, the same on every backend
+struct Dropout {
+  uint32_t key0, key1, threshold;
+  float scale;
+  Dropout(int64_t seed, double p) : key0((uint32_t)seed), key1((uint32_t)((uint64_t)seed >> 32)), threshold((uint32_t)(p * 4294967296.)), scale((float)(1 / (1 - p))) {}
+  void quad(uint64_t q, uint32_t out[4]) const {
+    uint32_t c0 = (uint32_t)q, c1 = (uint32_t)(q >> 32), c2 = 0, c3 = 0, k0 = key0, k1 = key1;
+    for (int i = 0; i < 10; ++i) {
+      const uint64_t m0 = (uint64_t)0xD2511F53 * c0, m1 = (uint64_t)0xCD9E8D57 * c2;
+      c0 = (uint32_t)(m1 >> 32) ^ c1 ^ k0, c1 = (uint32_t)m1;
+      c2 = (uint32_t)(m0 >> 32) ^ c3 ^ k1, c3 = (uint32_t)m0;
+      k0 += 0x9E3779B9, k1 += 0xBB67AE85;
+    }
+    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+  }
+  // factors of elements at .. at + n
+  void fill(uint64_t at, int64_t n, float* factor) const {
+    uint32_t w[4];
+    for (int64_t j = 0; j < n; ++j) {
+      if (j == 0 || ((at + j) & 3) == 0) quad((at + j) >> 2, w);
+      factor[j] = w[(at + j) & 3] >= threshold ? scale : 0.f;
+    }
+  }
+};
+
+template <class T> struct ResidualNorm {
+  enum { NONE, LAYERNORM, RMSNORM };
+  static bool skipped(const fp_residual_norm& p, int64_t row) { return p.mask && p.mask[row / p.sample]; }
+  static void round_row(float* row, int64_t d) {  // to T and back: the norm sees what a reader of s would
+    if (sizeof(T) == sizeof(float)) return;
+    for (int64_t j = 0; j < d; j += VL) {
+      T t[VL];
+      store(t, load(row + j));
+      store(row + j, load(t), d - j);
+    }
+  }
+  static float rms(const float* row, int64_t d, float eps) {
+    vf s = {};
+    for (int64_t j = 0; j < d; j += VL) s = fma(load(row + j), load(row + j), s);
+    return 1.f / sqrtf(sum(s) / d + eps);
+  }
+
+  static void forward(const fp_residual_norm& p) {
+    const int64_t d = p.d, width = round_up(d, 64) + 64;
+    const float *gamma = load_vector<T>(2, p.weight, d), *beta = load_vector<T>(3, p.bias, d);
+    const Dropout drop(p.seed, p.dropout);
+    parallel(p.rows, grain(16. * d), [&](int64_t begin, int64_t end) {
+      float *row = scratch<float>(4, width), *factor = scratch<float>(5, width);
+      for (int64_t i = begin; i < end; ++i) {
+        load_row((const T*)p.x + i * d, row, d, width);
+        if (p.f && !skipped(p, i)) {
+          const T* f = (const T*)p.f + i * d;
+          if (p.dropout > 0) drop.fill(i * d, d, factor);
+          for (int64_t j = 0; j < d; j += VL) {
+            vf v = load(f + j, d - j);
+            if (p.dropout > 0) {
+              float t[VL];
+              store(t, v * load(factor + j));
+              T r[VL];
+              store(r, load(t));  // rounds where torch's dropout does
+              v = fill_behind(load(r), d - j, 0.f);
+            }
+            store(row + j, load(row + j) + v);
+          }
+        }
+        round_row(row, d);
+        if (p.s) store_row((T*)p.s + i * d, row, d);
+        if (p.tail == NONE) continue;
+        float mean = 0, rstd;
+        if (p.tail == LAYERNORM) row_stats(row, d, p.eps, &mean, &rstd);
+        else rstd = rms(row, d, p.eps);
+        if (p.stats) p.stats[2 * i] = mean, p.stats[2 * i + 1] = rstd;
+        if (!p.n) continue;
+        row_normalize(row, d, mean, rstd, gamma, beta);
+        store_row((T*)p.n + i * d, row, d);
+      }
+    });
+  }
+
+  static void backward(const fp_residual_norm& p) {
+    const int64_t d = p.d, width = round_up(d, 64) + 64;
+    const float* gamma = load_vector<T>(2, p.weight, d);
+    const Dropout drop(p.seed, p.dropout);
+    if (p.dx || p.df) parallel(p.rows, grain(24. * d), [&](int64_t begin, int64_t end) {
+      float *g = scratch<float>(4, width), *row = scratch<float>(5, width), *factor = scratch<float>(6, width);
+      for (int64_t i = begin; i < end; ++i) {
+        if (p.g_n) {
+          load_row((const T*)p.g_n + i * d, g, d, width);
+          load_row((const T*)p.s_in + i * d, row, d, width);
+          if (p.tail == LAYERNORM) row_norm_grad(g, row, d, p.stats[2 * i], p.stats[2 * i + 1], gamma);
+          else rms_grad(g, row, d, p.stats[2 * i + 1], gamma);
+          if (p.g_s) for (int64_t j = 0; j < d; j += VL) store(g + j, load(g + j) + load((const T*)p.g_s + i * d + j, d - j));
+        } else {
+          load_row((const T*)p.g_s + i * d, g, d, width);
+        }
+        if (p.dx) store_row((T*)p.dx + i * d, g, d);
+        if (!p.df) continue;
+        if (skipped(p, i)) memset(g, 0, d * 4);
+        else if (p.dropout > 0) {
+          drop.fill(i * d, d, factor);
+          for (int64_t j = 0; j < d; j += VL) store(g + j, load(g + j) * load(factor + j));
+        }
+        store_row((T*)p.df + i * d, g, d);
+      }
+    });
+    if (p.dweight || p.dbias) columns(p);
+  }
+  static void rms_grad(float* g, const float* x, int64_t d, float rstd, const float* gamma) {
+    vf s = {};
+    for (int64_t j = 0; j < d; j += VL) {
+      const vf e = load(g + j) * load(gamma + j);
+      s = fma(e, load(x + j) * splat(rstd), s);
+      store(g + j, e);
+    }
+    const vf mean = splat(sum(s) / d);
+    for (int64_t j = 0; j < d; j += VL) store(g + j, (load(g + j) - load(x + j) * splat(rstd) * mean) * splat(rstd), d - j);
+  }
+  // dweight = sum g_n xhat, dbias = sum g_n, over panels of columns; sums of CHUNK rows are added up, as a tree's leaves
+  static void columns(const fp_residual_norm& p) {
+    constexpr int64_t PANEL = 64, CHUNK = 128;
+    const int64_t d = p.d;
+    parallel((d + PANEL - 1) / PANEL, grain(6. * p.rows * PANEL), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t j0 = t * PANEL, n = d - j0 < PANEL ? d - j0 : PANEL;
+        alignas(64) float w[PANEL] = {}, b[PANEL] = {};
+        for (int64_t i0 = 0; i0 < p.rows; i0 += CHUNK) {
+          alignas(64) float cw[PANEL] = {}, cb[PANEL] = {};
+          for (int64_t i = i0; i < p.rows && i < i0 + CHUNK; ++i) {
+            const T *g = (const T*)p.g_n + i * d + j0, *s = (const T*)p.s_in + i * d + j0;
+            const vf mean = splat(p.stats[2 * i]), rstd = splat(p.stats[2 * i + 1]);
+            for (int64_t j = 0; j < n; j += VL) {
+              const vf gv = load(g + j, n - j);
+              store(cw + j, fma(gv, (load(s + j, n - j) - mean) * rstd, load(cw + j)));
+              store(cb + j, load(cb + j) + gv);
+            }
+          }
+          for (int64_t j = 0; j < PANEL; j += VL) store(w + j, load(w + j) + load(cw + j)), store(b + j, load(b + j) + load(cb + j));
+        }
+        if (p.dweight) store_row((T*)p.dweight + j0, w, n);
+        if (p.dbias) store_row((T*)p.dbias + j0, b, n);
+      }
+    });
+  }
+};
+
+}  // namespace FP_ISA

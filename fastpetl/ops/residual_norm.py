@@ -1,0 +1,178 @@
+"""What follows a sublayer: dropout, the residual sum and the norm in front of the next GEMM, in one pass."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backends
+from ..spec import EMITS, TAILS, check_tail
+from ._common import (
+    autocast_dtype,
+    cast,
+    check_input,
+    check_like,
+    first_order,
+    grad_mask,
+    needs_grad,
+    number,
+    rows,
+    through_dispatcher,
+    unflatten,
+)
+from ._dropout import dropout_factor
+from ._residual_norm import NORM, SUM, add_sublayer, norm_forward, run_backward, run_forward, skipped_rows
+
+__all__ = ["residual_norm", "residual_norm_reference"]
+
+
+def residual_norm(
+    x,
+    f,
+    weight=None,
+    bias=None,
+    *,
+    tail="layernorm",
+    eps=1e-5,
+    emit="both",
+    dropout=0.0,
+    seed=None,
+    mask=None,
+    backend="auto",
+):
+    """Semantics: s = x + drop(f), n = norm(s); s = x in samples with mask[b]. Returns (s, n), s or n, as `emit` says.
+
+    Shapes: x and f [..., d] (f None: s is x, only n can be emitted); weight, bias [d]; mask bool [batch], batch = x's
+    first dimension, True = the sample's sublayer was skipped: its f is not read; seed int64 tensor of one element.
+    tail: "layernorm", "rmsnorm" (no bias, no mean) or None (no weight, emit="sum"). emit: "both", "sum" or "norm".
+    dropout: drops elements of f with this probability and scales the rest by 1 / (1 - p), by a Philox mask of the
+    element's position under `seed`, the same on every backend and in the backward.
+    Dtypes: all of one dtype; under torch.autocast f and the norm's parameters are cast to x's.
+    Rounds: s to x's dtype, n once; statistics of the rounded s, in fp32.
+    Gradients: for x, f, weight and bias, computed only where wanted, deterministic; not differentiable twice except
+    with backend="reference".
+    """
+    check_tail("residual_norm", "tail", tail, emit, dropout)
+    eps = number("residual_norm", "eps", eps)
+    if isinstance(x, torch.Tensor) and autocast_dtype(x) is not None:
+        f, weight, bias = (cast(t, x.dtype) for t in (f, weight, bias))
+    _check(x, f, weight, bias, tail, emit, dropout, seed, mask)
+    config = TAILS[tail], EMITS[emit], eps, float(dropout)
+    tensors = (x, f, weight, bias, mask, seed if dropout else None)
+    s, n = _call(tensors, *config, backend)
+    return (s, n) if emit == "both" else s if emit == "sum" else n
+
+
+def _check(x, f, weight, bias, tail, emit, dropout, seed, mask) -> None:
+    check_input("residual_norm", "x", x)
+    if f is not None:
+        check_like("residual_norm", "f", f, x.shape, f"{tuple(x.shape)} to match x", x)
+    elif emit != "norm" or dropout or mask is not None:
+        raise ValueError("residual_norm: f is None, expected a tensor, or emit='norm' without dropout and mask")
+    for name, t in (("weight", weight), ("bias", bias)):
+        if t is not None:
+            check_like("residual_norm", name, t, (x.shape[-1],), f"(hidden={x.shape[-1]},) to match x", x)
+    if (weight is None) != (tail is None):
+        got = "None" if weight is None else "a tensor"
+        raise ValueError(
+            f"residual_norm: weight is {got} with tail={tail!r}, expected it if and only if there is a tail"
+        )
+    if bias is not None and tail != "layernorm":
+        raise ValueError(f"residual_norm: bias is given with tail={tail!r}, expected it with 'layernorm' only")
+    check_mask("residual_norm", mask, x)
+    check_seed("residual_norm", seed, dropout, x)
+
+
+def check_mask(function: str, mask, x) -> None:
+    """mask must be None or a bool tensor [batch] on x's device."""
+    if mask is None:
+        return
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{function}: mask is a {type(mask).__name__}, expected a bool tensor")
+    if mask.dtype != torch.bool or mask.shape != x.shape[:1] or mask.device != x.device or x.dim() < 2:
+        got = f"{str(mask.dtype).removeprefix('torch.')} {tuple(mask.shape)} on {mask.device}"
+        raise ValueError(f"{function}: mask is {got}, expected bool (batch={x.shape[0]},) on {x.device} to match x")
+
+
+def check_seed(function: str, seed, dropout, x) -> None:
+    """With dropout, seed must be an int64 tensor of one element on x's device: data, so that graphs do not fix it."""
+    if not dropout:
+        return
+    if not isinstance(seed, torch.Tensor):
+        raise TypeError(f"{function}: seed is a {type(seed).__name__}, expected an int64 tensor of one element")
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+        got = f"{str(seed.dtype).removeprefix('torch.')} {tuple(seed.shape)} on {seed.device}"
+        raise ValueError(f"{function}: seed is {got}, expected int64 of one element on {x.device}")
+
+
+def _call(tensors, tail, emit, eps, dropout, backend):
+    x, f, weight, bias, mask, seed = tensors
+    compiled = through_dispatcher(x)
+    if compiled:
+        name = backends.resolve_constant("residual_norm", backend, x.device.type, x.dtype).name
+    else:
+        name = backends.resolve("residual_norm", backend, x).name
+    if name == "reference":
+        return _formula(*tensors, tail, emit, eps, dropout)
+    grad = needs_grad(x, f, weight, bias)
+    if compiled:
+        flat = rows(x), None if f is None else rows(f)
+        s, n, _ = torch.ops.fastpetl.residual_norm(
+            *flat, weight, bias, mask, seed, tail, emit, eps, dropout, grad, name
+        )
+        return (s.view(x.shape) if emit & SUM else None), (n.view(x.shape) if emit & NORM else None)
+    if grad:
+        return _ResidualNorm.apply(*tensors, tail, emit, eps, dropout, name)
+    s, n, _ = run_forward(name, *tensors, tail, emit, eps, dropout, False)
+    return (s.view(x.shape) if emit & SUM else None), (n.view(x.shape) if emit & NORM else None)
+
+
+class _ResidualNorm(torch.autograd.Function):
+    """The eager door: straight to the launcher."""
+
+    @staticmethod
+    def forward(ctx, x, f, weight, bias, mask, seed, tail, emit, eps, dropout, name):
+        s, n, stats = run_forward(name, x, f, weight, bias, mask, seed, tail, emit, eps, dropout, True)
+        ctx.config = tail, dropout, name
+        ctx.set_materialize_grads(False)
+        kept = rows(x) if f is None and tail else s
+        out = unflatten(s, x.shape) if emit & SUM else None
+        # Where s is an output, what is saved is that output: autograd then counts it once and sees writes to it.
+        ctx.save_for_backward(out if tail and out is not None else kept if tail else None, stats, weight, mask, seed)
+        return out, (unflatten(n, x.shape) if emit & NORM else None)
+
+    @staticmethod
+    @first_order("residual_norm")
+    def backward(ctx, g_s, g_n):
+        like = g_n if g_s is None else g_s
+        grads = [None] * 4
+        needs = grad_mask(ctx.needs_input_grad[:4])
+        if like is not None and needs:
+            tail, dropout, name = ctx.config
+            s, stats, weight, mask, seed = ctx.saved_tensors
+            s = stats.new_empty(0) if s is None else rows(s)
+            out = run_backward(name, g_s, g_n, s, stats, weight, mask, seed, tail, dropout, needs)
+            grads = [g if needs >> i & 1 else None for i, g in enumerate(out)]
+            grads[:2] = [None if g is None else g.view(like.shape) for g in grads[:2]]
+        return (*grads, *(None,) * 7)
+
+
+def residual_norm_reference(
+    x, f, weight=None, bias=None, *, tail="layernorm", eps=1e-5, emit="both", dropout=0.0, seed=None, mask=None
+):
+    """Semantics: s = x + drop(f), n = norm(s); s = x in samples with mask[b]. Returns (s, n), s or n, as `emit` says.
+
+    Plain torch, the contract of `residual_norm`: same arguments and shapes, any floating dtype including float64.
+    Rounds to x's dtype after dropout, after the sum and after the norm, which is computed in fp32 or wider.
+    Gradients: torch's own, any order. Source: design.md section 5; METER `BertSelfOutput`, VL-BART and VL-T5 layers.
+    """
+    check_tail("residual_norm_reference", "tail", tail, emit, dropout)
+    s, n = _formula(x, f, weight, bias, mask, seed, TAILS[tail], EMITS[emit], eps, float(dropout))
+    return (s, n) if emit == "both" else s if emit == "sum" else n
+
+
+def _formula(x, f, weight, bias, mask, seed, tail, emit, eps, dropout):
+    flat, sub = x.reshape(-1, x.shape[-1]), None if f is None else f.reshape(-1, x.shape[-1])
+    factor = dropout_factor(seed, *flat.shape, dropout, x)
+    s = add_sublayer(flat, sub, factor, skipped_rows(mask, flat.shape[0]))
+    n = norm_forward(s, weight, bias, tail, eps)[0].view(x.shape) if tail else None
+    return (s.view(x.shape) if emit & SUM else None), (n if emit & NORM else None)
