@@ -38,6 +38,7 @@ BACKENDS = {
     "linear": ("cpp", "onednn", "torch", "reference"),
     "attention": ("cpp", "torch", "reference"),
     "residual_norm": ("cpp", "reference"),
+    "phm": ("cpp", "reference"),
 }
 _AUTO = {
     ("adapter", "cpu"): ("cpp", "reference"),
@@ -45,9 +46,15 @@ _AUTO = {
     ("linear", "cpu"): ("cpp", "onednn", "torch"),
     ("attention", "cpu"): ("cpp", "reference", "torch"),
     ("residual_norm", "cpu"): ("cpp", "reference"),
+    ("phm", "cpu"): ("cpp", "reference"),
 }
-# on devices without kernels of ours:
-_ELSEWHERE = {"adapter": "reference", "linear": "torch", "attention": "torch", "residual_norm": "reference"}
+_ELSEWHERE = {  # devices without kernels of ours
+    "adapter": "reference",
+    "linear": "torch",
+    "attention": "torch",
+    "residual_norm": "reference",
+    "phm": "reference",
+}
 _NAMES = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_HEAD_DIM = 128  # csrc/cpu's attention keeps one head's row in registers

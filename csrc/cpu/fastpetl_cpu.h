@@ -49,6 +49,17 @@ struct fp_attention {
   int heads, head_dim;
   float scale;
 };
+// H[c out + q, a in + k] = sum_i rule[i, a, c] w[i, k, q]: PHM weights of many layers. w [n, in, out], rule [n, n, n].
+struct fp_phm_layer {
+  const void *rule, *w;
+  void* h;                  // [n * out, n * in]; forward: written, backward: its gradient
+  void *drule, *dw;         // backward only; null in every layer: not wanted
+  int n, in, out;
+};
+struct fp_phm {
+  const fp_phm_layer* layers;
+  int count, shared;        // shared: all layers have one rule, whose gradients are summed
+};
 
 // s = x + drop(f), n = norm(s);  backward: dx, df, dweight, dbias from g_s and g_n
 struct fp_residual_norm {
@@ -76,6 +87,8 @@ struct fp_kernels {
   void (*attention_backward)(const fp_attention&, int dtype);
   void (*residual_norm_forward)(const fp_residual_norm&, int dtype);
   void (*residual_norm_backward)(const fp_residual_norm&, int dtype);
+  void (*phm_forward)(const fp_phm&, int dtype);
+  void (*phm_backward)(const fp_phm&, int dtype);
   double (*fma_chains)(int64_t iterations, int threads);  // for measuring the peak
 };
 const fp_kernels* fp_active();  // the table in use: the best this CPU has, or what was set

@@ -3,6 +3,7 @@
 #include "attention_impl.h"
 #include "linear_impl.h"
 #include "residual_norm_impl.h"
+#include "phm_impl.h"
 
 namespace FP_ISA {
 
@@ -25,6 +26,8 @@ static size_t pack_bytes(int k, int n, int dtype, int transposed) { FP_BY_TYPE(r
 static void pack(const fp_linear& a, void* out, int dtype, int transposed) { FP_BY_TYPE(Linear<T, E>::pack(a, out, transposed)) }
 static void attention_forward(const fp_attention& a, int dtype) { FP_BY_TYPE(Attention<T, E>::forward(a)) }
 static void attention_backward(const fp_attention& a, int dtype) { FP_BY_TYPE(Attention<T, E>::backward(a)) }
+static void phm_forward(const fp_phm& a, int dtype) { FP_BY_TYPE(Phm<T, E>::forward(a)) }
+static void phm_backward(const fp_phm& a, int dtype) { FP_BY_TYPE(Phm<T, E>::backward(a)) }
 
 static void residual_norm_forward(const fp_residual_norm& a, int dtype) { dtype == FP_F32 ? ResidualNorm<float>::forward(a) : ResidualNorm<bf16>::forward(a); }
 static void residual_norm_backward(const fp_residual_norm& a, int dtype) { dtype == FP_F32 ? ResidualNorm<float>::backward(a) : ResidualNorm<bf16>::backward(a); }
@@ -47,8 +50,8 @@ static double fma_chains(int64_t iterations, int threads) {
 }
 
 extern const fp_kernels table;
-const fp_kernels table = {FP_NAME,    adapter_forward, adapter_backward,  linear_forward,     linear_backward,
-                          pack_bytes, pack,            attention_forward, attention_backward,
-                          residual_norm_forward, residual_norm_backward, fma_chains};
+const fp_kernels table = {FP_NAME, adapter_forward, adapter_backward, linear_forward, linear_backward, pack_bytes, pack,
+                          attention_forward, attention_backward, residual_norm_forward, residual_norm_backward,
+                          phm_forward, phm_backward, fma_chains};
 
 }  // namespace FP_ISA

@@ -195,3 +195,122 @@ def _residual_norm(size: Size, make: Maker) -> Built:
         return lambda x, f, gamma, beta: residual_norm(x, f, gamma, beta, backend=backend)
 
     return Built((make(n, d), make(n, d), *make.norm(d)), formula, fused, 8.0 * n * d, (4, 4))
+
+
+# --- adapters of several tasks, generated weights, low rank -----------------------------------------------------------
+
+
+def _gelu_adapter(x, w_down, b_down, w_up, b_up):
+    return x + F.linear(F.gelu(F.linear(x, w_down, b_down), approximate="tanh"), w_up, b_up)
+
+
+@case("multi_adapter/4tasks", "adapter", both=(1.5, 1.3))
+def _multi(size: Size, make: Maker) -> Built:
+    from fastpetl.ops import multi_adapter, multi_adapter_reference
+
+    t, d, r, rows = size.tasks, size.hidden, min(96, size.hidden), size.rows // size.batch
+    ids = torch.arange(size.batch, device=make.device) % t
+    stacks = (make(t, r, d, std=0.05), make(t, r, std=0.1), make(t, d, r, std=0.05), make(t, d, std=0.1))
+
+    def formula(x, *w):
+        y = torch.empty_like(x)
+        for i in range(t):  # what one writes: each task's samples through its adapter
+            chosen = ids == i
+            y[chosen] = _gelu_adapter(x[chosen], *(s[i] for s in w))
+        return y
+
+    def fused(backend):
+        if backend == "reference":
+            return lambda x, *w: multi_adapter_reference(x, *w, ids, residuals=(x,))
+        return lambda x, *w: multi_adapter(x, *w, ids, residuals=(x,), backend=backend)
+
+    inputs = (make(size.batch, rows, d), *stacks)
+    return Built(inputs, formula, fused, 4.0 * size.batch * rows * d * r, (2, 3))
+
+
+@case("phm_adapter/n2", "phm", both=(1.5, 1.3))
+def _phm(size: Size, make: Maker) -> Built:
+    from fastpetl.ops import phm_adapter, phm_weights, phm_weights_reference
+
+    n, d, r = 2, size.hidden, min(96, size.hidden)
+    rules = [make(n, n, n, std=0.5) for _ in range(2)]
+    weights = [make(n, d // n, r // n, std=0.05), make(n, r // n, d // n, std=0.05)]
+
+    def formula(x, rule_down, rule_up, w_down, w_up, b_down, b_up):
+        def product(x, rule, w, b):  # as Compacter's code has it
+            h = torch.einsum("bac,bkp->bakcp", rule, w).reshape(n, n * w.shape[1], n * w.shape[2]).sum(0)
+            return x @ h + b
+
+        return x + product(F.gelu(product(x, rule_down, w_down, b_down), approximate="tanh"), rule_up, w_up, b_up)
+
+    def fused(backend):
+        def run(x, rule_down, rule_up, w_down, w_up, b_down, b_up):
+            if backend == "reference":
+                down, up = phm_weights_reference([rule_down, rule_up], [w_down, w_up])
+            else:
+                down, up = phm_weights([rule_down, rule_up], [w_down, w_up], backend=backend)
+            return phm_adapter(x, down, b_down, up, b_up, residuals=(x,))
+
+        return run
+
+    inputs = (make(size.rows, d), *rules, *weights, make(r, std=0.1), make(d, std=0.1))
+    return Built(inputs, formula, fused, 4.0 * size.rows * d * r, (2, 3))
+
+
+@case("hyper_adapter", "adapter", both=(1.5, 1.3))
+def _hyper(size: Size, make: Maker) -> Built:
+    from fastpetl.ops import hyper_adapter, hyper_adapter_reference, hyper_weights
+
+    p, d, r, layers = 8, size.hidden, min(96, size.hidden), size.layers
+    rows = size.rows // layers  # all layers' adapters on as many rows together as the other cases have
+    generators = [make(n, p, std=0.02) for n in (r * d, r, d * r, d)]
+
+    def formula(x, e, *w):
+        for i in range(layers):  # one matrix-vector product per layer and tensor, as the original
+            down, b_down, up, b_up = (F.linear(e[i], g) for g in w)
+            x = _gelu_adapter(x, down.view(r, d), b_down, up.view(d, r), b_up)
+        return x
+
+    def fused(backend):
+        def run(x, e, down, b_down, up, b_up):
+            made = hyper_weights(e, ((down, None), (b_down, None)), ((up, None), (b_up, None)))
+            for i in range(layers):
+                if backend == "reference":
+                    x = hyper_adapter_reference(x, made[i], residuals=(x,))
+                else:
+                    x = hyper_adapter(x, made[i], residuals=(x,), backend=backend)
+            return x
+
+        return run
+
+    inputs = (make(rows, d), make(layers, p), *generators)
+    return Built(
+        inputs, formula, fused, layers * 4.0 * rows * d * r, (2, 3), 2.0 * layers * r * d * make.dtype.itemsize
+    )
+
+
+@case("lora_linear/qkv", "adapter", both=(1.5, 1.3))
+def _lora(size: Size, make: Maker) -> Built:
+    from fastpetl.ops import lora_linear, lora_linear_reference
+
+    d, r = size.hidden, size.lora
+    frozen = [make(d, d, std=0.03, grad=False) for _ in range(3)]
+    biases = [make(d, std=0.1, grad=False) for _ in range(3)]
+
+    def formula(x, a_q, b_q, a_v, b_v):
+        q, k, v = (F.linear(x, w.to(x.dtype), b.to(x.dtype)) for w, b in zip(frozen, biases, strict=True))
+        return q + F.linear(F.linear(x, a_q), b_q) * 0.25, k, v + F.linear(F.linear(x, a_v), b_v) * 0.25
+
+    def fused(backend):
+        def run(x, a_q, b_q, a_v, b_v):
+            w, b = ([t.to(x.dtype) for t in ts] for ts in (frozen, biases))
+            lora = (a_q, None, a_v), (b_q, None, b_v)
+            if backend == "reference":
+                return lora_linear_reference(x, w, b, *lora, scale=0.25)
+            return lora_linear(x, w, b, *lora, scale=0.25, backend=backend)
+
+        return run
+
+    inputs = (make(size.rows, d), *(make(*s, std=0.05) for s in ((r, d), (d, r)) * 2))
+    flop = 2.0 * size.rows * d * (3 * d + 4 * r)
+    return Built(inputs, formula, fused, flop, (4, 4), 3.0 * d * d * make.dtype.itemsize)

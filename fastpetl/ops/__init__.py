@@ -1,27 +1,53 @@
 """Functional ops, each with its plain-torch reference beside it, which is the contract.
 
-Each is also a registered op: torch.ops.fastpetl.adapter, linear and attention.
+adapter, linear, attention, residual_norm and phm_weights are registered ops (torch.ops.fastpetl); the others are
+composed of them.
 """
 
+from ._cache import WeightCache
 from .adapter import adapter, adapter_reference
 from .attention import attention, attention_reference
+from .hyper import HyperWeights, hyper_adapter, hyper_adapter_reference, hyper_embedding, hyper_weights
 from .linear import PackCache, linear, linear_reference
+from .lora import lora_linear, lora_linear_reference, merge_lora
+from .multi_adapter import multi_adapter, multi_adapter_reference
+from .phm import phm_adapter, phm_adapter_reference, phm_weight, phm_weights, phm_weights_reference
 from .residual_norm import residual_norm, residual_norm_reference
+from .rows import gather_rows, scatter_rows
 from .site import adapter_residual_norm, adapter_residual_norm_reference
 
 from . import _registered_residual_norm  # noqa: F401  isort: skip
 from . import _registered  # noqa: F401  isort: skip  (defines torch.ops.fastpetl.adapter, linear and attention)
+from . import _registered_phm  # noqa: F401  isort: skip
 
 __all__ = [
+    "HyperWeights",
     "PackCache",
+    "WeightCache",
     "adapter",
     "adapter_reference",
     "adapter_residual_norm",
     "adapter_residual_norm_reference",
     "attention",
     "attention_reference",
+    "hyper_adapter",
+    "hyper_adapter_reference",
+    "hyper_embedding",
+    "hyper_weights",
+    "gather_rows",
     "linear",
     "linear_reference",
+    "lora_linear",
+    "lora_linear_reference",
+    "merge_lora",
+    "multi_adapter",
+    "multi_adapter_reference",
+    "scatter_rows",
     "residual_norm",
     "residual_norm_reference",
+    "phm_adapter",
+    "phm_adapter_reference",
+    "phm_weight",
+    "phm_weights",
+    "phm_weights_reference",
 ]

@@ -1,0 +1,145 @@
+"""LoRA: frozen linears with trainable low-rank updates, and merging them for inference.
+
+Floor of a branch: its low-rank products, 2 rows r (in + out) multiply-adds, and one read of x; the update is added
+where the adapter kernel writes, so that the base output is read and written once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ._common import check_input, check_like, number
+from ._dropout import dropout_factor, dropped
+from .adapter import adapter
+from .linear import linear
+from .residual_norm import check_seed
+
+__all__ = ["lora_linear", "lora_linear_reference", "merge_lora"]
+
+
+def lora_linear(x, weights, biases, lora_a, lora_b, *, scale=1.0, dropout=0.0, seed=None, backend="auto"):
+    """Semantics: y_i = x W_i^T + b_i + scale * (drop_i(x) A_i^T) B_i^T, for all i; the last term only where A_i is
+    given.
+
+    x [..., in]; weights: a tuple of W_i [out_i, in], frozen or not; biases: a tuple of b_i [out_i] or None; lora_a,
+    lora_b: tuples of A_i [r_i, in] and B_i [out_i, r_i], both None for a plain linear (k of q, k, v). Returns a tuple.
+    dropout: on x in each branch, a Philox mask of its own (seed + i; see `residual_norm`); seed int64 of one element.
+    Gradients: for x, A, B, and for W and b where they want them. backend: that of `adapter`, which computes square
+    branches; others, and any that is dropped out, run in torch. Source: VL-Adapter `LoRALinearController`
+    (vl_adapter.md 1.6), loralib.
+    """
+
+    def branch(base, u, a, b):
+        if b.shape[0] != a.shape[1]:
+            return base + F.linear(F.linear(u, a), b) * scale
+        return adapter(u, a, None, b, None, activation="identity", scale=scale, residuals=(base,), backend=backend)
+
+    def base(weight, bias):
+        if any(t is not None and t.requires_grad for t in (weight, bias)):
+            return F.linear(x, weight, bias)
+        return linear(x, (weight,), (bias,))
+
+    return _run(
+        "lora_linear",
+        x,
+        weights,
+        biases,
+        lora_a,
+        lora_b,
+        number("lora_linear", "scale", scale),
+        dropout,
+        seed,
+        base,
+        branch,
+    )
+
+
+def lora_linear_reference(x, weights, biases, lora_a, lora_b, *, scale=1.0, dropout=0.0, seed=None):
+    """Semantics: y_i = x W_i^T + b_i + scale * (drop_i(x) A_i^T) B_i^T, for all i; the last term only where A_i is
+    given.
+
+    Plain torch, the contract of `lora_linear`; any floating dtype. Rounds after each product, the scale and the sum.
+    """
+    f = "lora_linear_reference"
+    return _run(
+        f, x, weights, biases, lora_a, lora_b, number(f, "scale", scale), dropout, seed,
+        lambda weight, bias: F.linear(x, weight, bias),
+        lambda base, u, a, b: base + F.linear(F.linear(u, a), b) * scale,
+    )  # fmt: skip
+
+
+def _run(function, x, weights, biases, lora_a, lora_b, scale, dropout, seed, base, branch):
+    _check(function, x, weights, biases, lora_a, lora_b, dropout, seed)
+    out = []
+    for i, (weight, bias, a, b) in enumerate(zip(weights, biases, lora_a, lora_b, strict=True)):
+        y = base(weight, bias)
+        if a is not None:
+            u = x
+            if dropout:
+                factor = dropout_factor(seed + i, x[..., 0].numel(), x.shape[-1], dropout, x)
+                u = dropped(x, factor.view(x.shape))
+            y = branch(y, u, a, b)
+        out.append(y)
+    return tuple(out)
+
+
+def _check(function, x, weights, biases, lora_a, lora_b, dropout, seed) -> None:
+    check_input(function, "x", x)
+    lists = (("weights", weights), ("biases", biases), ("lora_a", lora_a), ("lora_b", lora_b))
+    for name, t in lists:
+        if not isinstance(t, (tuple, list)):
+            raise TypeError(f"{function}: {name} is a {type(t).__name__}, expected a tuple")
+        if len(t) != len(weights) or not t:
+            raise ValueError(
+                f"{function}: {name} has {len(t)} entries, expected {max(len(weights), 1)}, one per weight"
+            )
+    for i, (w, bias, a, b) in enumerate(zip(weights, biases, lora_a, lora_b, strict=True)):
+        if not isinstance(w, torch.Tensor) or w.dim() != 2 or w.shape[1] != x.shape[-1]:
+            got = tuple(w.shape) if isinstance(w, torch.Tensor) else type(w).__name__
+            raise ValueError(f"{function}: weights[{i}] is {got}, expected (out, in={x.shape[-1]}) to match x")
+        check_like(function, f"weights[{i}]", w, w.shape, "", x)
+        if bias is not None:
+            check_like(function, f"biases[{i}]", bias, w.shape[:1], f"(out={w.shape[0]},) to match weights[{i}]", x)
+        if (a is None) != (b is None):
+            raise ValueError(f"{function}: lora_a[{i}] and lora_b[{i}]: one is None, expected both or neither")
+        if a is not None:
+            if not isinstance(a, torch.Tensor) or a.dim() != 2 or a.shape[1] != w.shape[1] or a.shape[0] == 0:
+                got = tuple(a.shape) if isinstance(a, torch.Tensor) else type(a).__name__
+                raise ValueError(f"{function}: lora_a[{i}] is {got}, expected (rank, in={w.shape[1]})")
+            want = (w.shape[0], a.shape[0])
+            check_like(function, f"lora_b[{i}]", b, want, f"(out={want[0]}, rank={want[1]})", x)
+    if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+        raise ValueError(f"{function}: dropout is {dropout!r}, expected a number in [0, 1)")
+    check_seed(function, seed, dropout, x)
+
+
+class merge_lora:
+    """Semantics: weight += scale * B A in place; `undo()` gives the weight its old bits back (they are kept: an
+    addition does not come undone in floating point). Also a context manager.
+
+    weight [out, in], a [rank, in], b [out, rank]; the product in fp32 or wider, rounded once. A merged weight carries
+    no gradient to A and B: for inference.
+    """
+
+    def __init__(self, weight, a, b, scale=1.0):
+        for name, t, want in (("a", a, (a.shape[0], weight.shape[1])), ("b", b, (weight.shape[0], a.shape[0]))):
+            check_like("merge_lora", name, t, want, f"{want} to match weight and a", weight, "weight")
+        self.weight, self._before = weight, weight.detach().clone()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        with torch.no_grad():
+            weight.copy_(weight.to(wide) + scale * (b.to(wide) @ a.to(wide)))
+
+    def undo(self) -> None:
+        """Semantics: the weight as it was; RuntimeError if it was undone before."""
+        if self._before is None:
+            raise RuntimeError("merge_lora: undo was called before, expected one call for one merge")
+        with torch.no_grad():
+            self.weight.copy_(self._before)
+        self._before = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.undo()
