@@ -19,6 +19,8 @@ _NAMES = {
     "attach": "fastpetl.methods",
     "detach": "fastpetl.methods",
     "DASConfig": "fastpetl.methods",
+    "AdapterConfig": "fastpetl.methods",
+    "task": "fastpetl.methods.tasks",
     "blocks": "fastpetl.skip",
     "Block": "fastpetl.skip",
     "SkipPlan": "fastpetl.skip",
@@ -28,7 +30,7 @@ _NAMES = {
 }
 # `skip` and `count` are modules that can be called: fastpetl.skip(model, mask), fastpetl.count(model, inputs)
 _MODULES = (
-    *("skip", "count", "ops", "nn", "patching", "methods", "saving"),
+    *("skip", "count", "ops", "nn", "patching", "methods", "models", "saving"),
     *("backends", "spec", "kernels", "info", "bench", "demo"),
 )
 

@@ -12,11 +12,11 @@ from torch import nn
 
 from fastpetl import skip as _skip
 from fastpetl._version import __version__
-from fastpetl.methods import DASConfig, attach, attached, detach
+from fastpetl.methods import AdapterConfig, DASConfig, attach, attached, detach
 from fastpetl.skip import SkipPlan
 
 WEIGHTS, CONFIG = "fastpetl.safetensors", "fastpetl.json"
-_METHODS = {"das": DASConfig}
+_METHODS = {cls.method: cls for cls in (DASConfig, AdapterConfig)}
 
 
 def save(model: nn.Module, directory) -> Path:
@@ -39,7 +39,7 @@ def save(model: nn.Module, directory) -> Path:
     plan = _skip.current(model)
     content = {
         "fastpetl": __version__,
-        "method": next(name for name, cls in _METHODS.items() if type(state.config) is cls),
+        "method": state.config.method,
         "config": state.config.to_dict(),
         "skip": None if plan is None else {"blocks": list(plan.blocks), "shortcut": plan.shortcut},
     }

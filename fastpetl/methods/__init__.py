@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from fastpetl.methods.adapter import AdapterConfig
 from fastpetl.methods.das import DASConfig
 from fastpetl.patching import patch as _patch
 from fastpetl.patching import registry, unpatch
 
-__all__ = ["Attached", "DASConfig", "attach", "attached", "detach", "load_original"]
+__all__ = ["AdapterConfig", "Attached", "DASConfig", "attach", "attached", "detach", "load_original"]
 
-_CONFIGS = (DASConfig,)
+_CONFIGS = (DASConfig, AdapterConfig)
 _KEY = "_fastpetl_attached"
 
 
@@ -23,7 +24,7 @@ class Attached:
     requires_grad: of each parameter. patched: the modules that were patched already, None if `attach` did not patch.
     """
 
-    config: DASConfig
+    config: DASConfig | AdapterConfig
     requires_grad: dict[str, bool]
     patched: frozenset[str] | None
 
@@ -37,16 +38,20 @@ def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
     """Semantics: add the method's modules, freeze every parameter it does not train, then `fastpetl.patch`; in place;
     returns `model`.
 
-    config: a DASConfig. New weights are drawn from the global random generator, in the dtype and on the device of the
-    block they join. With patch=False the added modules run in plain torch. An attach that raises has changed nothing.
+    config: a DASConfig or an AdapterConfig. New weights are drawn from the global random generator, in the dtype and on
+    the device of the block they join. With patch=False the added modules run in plain torch. An attach that raises has
+    changed nothing.
     """
     if not isinstance(config, _CONFIGS):
         names = ", ".join(cls.__name__ for cls in _CONFIGS)
         raise TypeError(f"attach: config is {type(config).__name__}, expected one of: {names}")
     family, host = registry.family_of(model, "attach")
+    if not hasattr(family, f"attach_{config.method}"):
+        takes = ", ".join(cls.__name__ for cls in _CONFIGS if hasattr(family, f"attach_{cls.method}"))
+        raise ValueError(f"attach: config is {type(config).__name__}, expected for {family.name}: {takes}")
     if attached(model) is not None or family.is_attached(host):
         raise ValueError("attach: model has adapters attached already; fastpetl.detach(model) first")
-    config = config.resolved(family.hidden(host), *family.das_sizes)
+    config = config.resolved(family, host)
     reason = family.attach_reason(host)
     if reason is not None:
         raise ValueError(f"attach: {reason}")
@@ -54,7 +59,7 @@ def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
     names, backend = _patched(model)
     unpatch(model)  # which fused class is right depends on what is attached
     try:
-        family.attach_das(host, config)
+        getattr(family, f"attach_{config.method}")(host, config)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(config.trainable(name))
         model.__dict__[_KEY] = Attached(config, flags, frozenset(names) if patch else None)
@@ -63,7 +68,7 @@ def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
         else:
             _patch_again(model, names, backend)
     except BaseException:
-        _remove(model, family, host, flags)
+        _remove(model, family, host, config, flags)
         _patch_again(model, names, backend)
         raise
     return model
@@ -86,7 +91,7 @@ def detach(model: nn.Module) -> nn.Module:
     names, backend = _patched(model)
     if state.patched is not None:
         names &= state.patched
-    _remove(model, family, host, state.requires_grad)
+    _remove(model, family, host, state.config, state.requires_grad)
     _patch_again(model, names, backend)
     return model
 
@@ -102,9 +107,9 @@ def load_original(model: nn.Module, state_dict: dict, *, strict: bool = True) ->
     return model
 
 
-def _remove(model, family, host, flags) -> None:
+def _remove(model, family, host, config, flags) -> None:
     unpatch(model)
-    family.detach_das(host)
+    getattr(family, f"detach_{config.method}")(host)
     model.__dict__.pop(_KEY, None)
     for name, parameter in model.named_parameters():
         if name in flags:

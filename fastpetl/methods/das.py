@@ -46,8 +46,11 @@ class DASConfig:
             raise ValueError("DASConfig: shortcut is None, expected one of adapter, identity")
         check_shortcut(self.shortcut, "DASConfig")
 
-    def resolved(self, hidden: int, bottleneck: int, skip_bottleneck: int) -> DASConfig:
-        """Semantics: this configuration with every size a number, given the hidden size and the family's defaults."""
+    method = "das"
+
+    def resolved(self, family, host) -> DASConfig:
+        """Semantics: this configuration with every size a number, the family's where none is given."""
+        hidden, (bottleneck, skip_bottleneck) = family.hidden(host), family.das_sizes
         if self.reduction_factor is not None:
             bottleneck = hidden // self.reduction_factor
             if bottleneck < 1:

@@ -1,4 +1,4 @@
-"""Patch rule for `fastpetl.nn.BottleneckAdapter`, wherever it stands."""
+"""Patch rules for the adapters of `fastpetl.nn`, wherever they stand."""
 
 from __future__ import annotations
 
@@ -12,12 +12,26 @@ def _check(adapter) -> str | None:
     return structure_reason(adapter, adapter_structure(adapter))
 
 
+def _check_controller(controller) -> str | None:
+    from fastpetl.nn.adapter_controller import controller_structure
+    from fastpetl.nn.inline import structure_reason
+
+    return structure_reason(controller, controller_structure(controller))
+
+
 RULES = (
     Rule(
         kind="adapter",
         target="fastpetl.nn.adapter:BottleneckAdapter",
         replacement="fastpetl.nn.adapter:FusedBottleneckAdapter",
         check=_check,
+        ops=("adapter",),
+    ),
+    Rule(
+        kind="adapter_controller",
+        target="fastpetl.nn.adapter_controller:AdapterController",
+        replacement="fastpetl.nn.adapter_controller:FusedAdapterController",
+        check=_check_controller,
         ops=("adapter",),
     ),
 )

@@ -55,13 +55,12 @@ def skip(model: nn.Module, mask_or_plan, *, shortcut: str | None = None) -> _Set
     """
     family, host = registry.family_of(model, "skip")
     check_shortcut(shortcut, "skip")
-    n_blocks = family.n_blocks(host)
-    if isinstance(mask_or_plan, SkipPlan):
-        values, shortcut = mask_or_plan.mask(n_blocks), shortcut or mask_or_plan.shortcut
-    elif mask_or_plan is None:
+    if mask_or_plan is None:
         values = None
+    elif isinstance(mask_or_plan, SkipPlan):
+        values, shortcut = mask_or_plan.mask(family.n_blocks(host)), shortcut or mask_or_plan.shortcut
     else:
-        values = mask_values(mask_or_plan, n_blocks, "skip")
+        values = mask_values(mask_or_plan, family.n_blocks(host), "skip")
     adapters = family.has_shortcut_adapters(host)
     if shortcut == "adapter" and not adapters:
         raise ValueError(

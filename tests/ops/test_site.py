@@ -163,11 +163,11 @@ def test_a_sample_does_not_depend_on_its_neighbours(backend, mask):
     tensors, named, shortcut = site(VILT, (3, 7), shortcut=40)
     tensors[1].data[torch.tensor(mask)] = float("nan")  # skipped samples' f is not read
     with using("residual_norm", backend) as name:
-        run = (
-            lambda x, f, m: ops.adapter_residual_norm(  # noqa: E731
-                x, f, *tensors[2:], spec=VILT, **named, shortcut=shortcut, mask=m, backend=name
-            )
-        )
+        options = {"spec": VILT, **named, "shortcut": shortcut, "backend": name}
+
+        def run(x, f, m):
+            return ops.adapter_residual_norm(x, f, *tensors[2:], mask=m, **options)
+
         s, n = run(tensors[0], tensors[1], torch.tensor(mask))
         for i, skip in enumerate(mask):
             alone = run(tensors[0][i : i + 1], tensors[1][i : i + 1], torch.tensor([skip]))

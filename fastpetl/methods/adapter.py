@@ -1,0 +1,113 @@
+"""VL-Adapter's sequential adapters (CVPR 2022): their configuration. Where they go is each model family's business."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+
+import torch
+
+from fastpetl.methods.das import ACTIVATIONS
+
+SHARINGS = ("single", "half", "multiple")
+IMAGE_TASKS = ("vqa", "gqa", "nlvr", "caption")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Semantics: each sublayer's output f becomes f + U(act(D(f))) before dropout and residual, per task.
+
+    tasks: their names, the paper's image tasks by default. sharing: "single" adapters for all tasks, "multiple", one
+    set per task, or "half": one per task with the `shared` ("up" or "down") projection in common. bottleneck: None is
+    hidden // reduction_factor (the paper's 8). norm_before, norm_after: a LayerNorm inside the adapter, before the
+    down and after the up projection. cross_attention: adapters after cross-attention too. Trained are the adapters
+    and, by flags, the visual embedding and the backbone's norms; train_norms None is what the paper's numbers come
+    from: True for BART, False for T5 (whose norms the original code meant to train and left frozen).
+    """
+
+    tasks: tuple[str, ...] = IMAGE_TASKS
+    sharing: str = "single"
+    shared: str = "up"
+    bottleneck: int | None = None
+    reduction_factor: int | None = None
+    activation: str = "gelu_tanh"
+    norm_before: bool = False
+    norm_after: bool = False
+    cross_attention: bool = True
+    train_norms: bool | None = None
+    train_visual: bool = True
+
+    method = "adapter"
+
+    def __post_init__(self):
+        if isinstance(self.tasks, str) or not all(isinstance(task, str) for task in self.tasks) or not self.tasks:
+            raise ValueError(f"AdapterConfig: tasks is {self.tasks!r}, expected at least one task name")
+        object.__setattr__(self, "tasks", tuple(self.tasks))
+        wrong = [task for task in self.tasks if not task or "." in task]
+        if wrong or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"AdapterConfig: tasks is {self.tasks}, expected different names without dots")
+        for name, values in (("sharing", SHARINGS), ("shared", ("up", "down")), ("activation", ACTIVATIONS)):
+            if getattr(self, name) not in values:
+                raise ValueError(
+                    f"AdapterConfig: {name} is {getattr(self, name)!r}, expected one of {', '.join(values)}"
+                )
+        for name in ("bottleneck", "reduction_factor"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"AdapterConfig: {name} is {value!r}, expected an integer >= 1 or None")
+        if self.bottleneck is not None and self.reduction_factor is not None:
+            raise ValueError("AdapterConfig: bottleneck and reduction_factor are both given, expected one of them")
+        for name in ("norm_before", "norm_after", "cross_attention", "train_norms", "train_visual"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "train_norms" and value is None):
+                raise ValueError(f"AdapterConfig: {name} is {value!r}, expected True or False")
+
+    def resolved(self, family, host) -> AdapterConfig:
+        """Semantics: this configuration with every size a number and every default named, for the model found."""
+        hidden, factor = family.hidden(host), self.reduction_factor or 8
+        if self.bottleneck is None and factor > hidden:
+            raise ValueError(f"AdapterConfig: reduction_factor is {factor}, expected at most the hidden size {hidden}")
+        norms = family.trains_norms if self.train_norms is None else self.train_norms
+        return replace(self, bottleneck=self.bottleneck or hidden // factor, reduction_factor=None, train_norms=norms)
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+    def trainable(self, name: str) -> bool:
+        """Semantics: does this configuration train the parameter of this name?"""
+        parts = name.split(".")
+        if "visual_embedding" in parts:
+            return self.train_visual and "obj_order_embedding" not in parts
+        if any(part.endswith("_adapter") for part in parts):
+            return True
+        return bool(self.train_norms) and parts[-2].endswith(("layer_norm", "layernorm_embedding"))
+
+    @classmethod
+    def of_state(cls, state: dict[str, torch.Tensor]) -> AdapterConfig | None:
+        """Semantics: the configuration of the adapters in a state_dict with the original's names; None without any."""
+        other = next(
+            (n for n in state if "phm_rule" in n or "lora_A" in n or "hyper_net" in n or "prefix_emb" in n), ""
+        )
+        if other:
+            raise ValueError(
+                f"from_original: {other} is not an adapter's, expected plain or bottleneck-adapter weights"
+            )
+        found = [n.split(".adapters.") for n in state if ".adapters." in n and n.endswith("down_sampler.weight")]
+        if not found:
+            return None
+        at = found[0][0]
+        tasks = tuple(rest.split(".")[0] for where, rest in found if where == at)
+
+        def common(half: str) -> bool:
+            first = state[f"{at}.adapters.{tasks[0]}.{half}_sampler.weight"]
+            return all(torch.equal(state[f"{at}.adapters.{task}.{half}_sampler.weight"], first) for task in tasks)
+
+        up, down = common("up"), common("down")
+        return cls(
+            tasks=tasks,
+            sharing="single" if up and down else "half" if up or down else "multiple",
+            shared="down" if down and not up else "up",
+            bottleneck=state[f"{at}.adapters.{tasks[0]}.down_sampler.weight"].shape[0],
+            norm_before=f"{at}.pre_layer_norm.weight" in state,
+            norm_after=f"{at}.post_layer_norm.weight" in state,
+            cross_attention=any("enc_attn_adapter" in name for name in state),
+        )

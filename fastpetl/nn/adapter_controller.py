@@ -1,0 +1,156 @@
+"""VL-Adapter's adapters: one bottleneck per task behind one module, in plain torch, and the fused subclass.
+
+Source: `Adapter` and `AdapterController` of ylsung/VL_adapter (CVPR 2022); parameter names are theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from fastpetl.nn.adapter import ACTIVATIONS
+from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure
+
+SHARINGS = ("single", "half", "multiple")
+
+
+class TaskAdapter(nn.Module):
+    """Semantics: U(x) = act(x W_down^T + b_down) W_up^T + b_up, one task's part of an `AdapterController`."""
+
+    def __init__(self, hidden: int, bottleneck: int, activation: str = "gelu_tanh", device=None, dtype=None):
+        super().__init__()
+        self.activation = activation
+        self.down_sampler = nn.Linear(hidden, bottleneck, device=device, dtype=dtype)
+        self.up_sampler = nn.Linear(bottleneck, hidden, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.up_sampler(ACTIVATIONS[self.activation](self.down_sampler(x)))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation}"
+
+
+class AdapterController(nn.Module):
+    """Semantics: y = x + post(U_task(pre(x))); pre and post are LayerNorms (eps 1e-5) or nothing, x [..., hidden].
+
+    sharing "single": one adapter under every task's name; "multiple": one per task; "half": one per task whose
+    `shared` half ("up" or "down") is the first task's. Weights are drawn as torch draws a Linear's, or with `std` from
+    N(0, std) with zero biases. `task` names whose adapter runs; None is right only where there is but one.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        bottleneck: int,
+        tasks: Sequence[str],
+        *,
+        sharing: str = "single",
+        shared: str = "up",
+        activation: str = "gelu_tanh",
+        norm_before: bool = False,
+        norm_after: bool = False,
+        std: float | None = None,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        made = {"device": device, "dtype": dtype}
+        first = None
+        self.adapters = nn.ModuleDict()
+        for task in tasks:
+            if first is not None and sharing == "single":
+                self.adapters[task] = first
+                continue
+            adapter = TaskAdapter(hidden, bottleneck, activation, **made)
+            if first is not None and sharing == "half":
+                setattr(adapter, f"{shared}_sampler", getattr(first, f"{shared}_sampler"))
+            self.adapters[task] = adapter
+            first = first or adapter
+        if norm_before:
+            self.pre_layer_norm = nn.LayerNorm(hidden, **made)
+        if norm_after:
+            self.post_layer_norm = nn.LayerNorm(hidden, **made)
+        if std is not None:
+            for linear in (module for module in self.adapters.modules() if isinstance(module, nn.Linear)):
+                nn.init.normal_(linear.weight, std=std)
+                nn.init.zeros_(linear.bias)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.adapters)
+
+    def adapter(self, task: str | None) -> TaskAdapter:
+        """Semantics: the adapter of `task`; ValueError if there is none of that name, or several and none is named."""
+        adapters = self.adapters._modules
+        if task is None:
+            if len({id(adapter) for adapter in adapters.values()}) == 1:
+                return next(iter(adapters.values()))
+            raise ValueError(
+                f"AdapterController: task is None, expected one of {', '.join(adapters)}: "
+                "fastpetl.task(model, name), or model(..., task=name)"
+            )
+        if task not in adapters:
+            raise ValueError(f"AdapterController: task is {task!r}, expected one of {', '.join(adapters)}")
+        return adapters[task]
+
+    def forward(self, x: torch.Tensor, task: str | None = None) -> torch.Tensor:
+        pre, post = self._modules.get("pre_layer_norm"), self._modules.get("post_layer_norm")
+        h = self.adapter(task)(x if pre is None else pre(x))
+        return (h if post is None else post(h)) + x
+
+
+class FusedAdapterController(AdapterController):
+    """`AdapterController` in one op: same numbers, same parameters. Made by `fastpetl.patch`, never constructed."""
+
+    _fastpetl_backend = "auto"
+    _fastpetl_fallback = None
+
+    def forward(self, x: torch.Tensor, task: str | None = None) -> torch.Tensor:
+        reason = call_reason(self, controller_structure(self), x)
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(x, task)
+        return fused_controller(self, x, task, self._fastpetl_backend)
+
+
+FusedAdapterController.__name__ = AdapterController.__name__  # accelerate and others match modules by class name
+
+_LINEARS = structure(down_sampler=nn.Linear, up_sampler=nn.Linear)
+_NORMS = ("pre_layer_norm", "post_layer_norm")
+CONTROLLERS = (AdapterController, FusedAdapterController)
+
+
+def controller_structure(controller: AdapterController) -> dict[str, Inlined]:
+    """What a fused controller reads past its children's forward."""
+    adapters = {task: Inlined(TaskAdapter, _LINEARS) for task in controller.adapters._modules}
+    norms = {name: nn.LayerNorm for name in _NORMS if name in controller._modules}
+    return structure(adapters=Inlined(nn.ModuleDict, adapters), **norms)
+
+
+def fused_controller(controller: AdapterController, x: torch.Tensor, task: str | None, backend: str) -> torch.Tensor:
+    """Semantics: the controller's forward from its parameters, without calling its children."""
+    from fastpetl import ops
+
+    adapter = controller.adapter(task)
+    pre, post = controller._modules.get("pre_layer_norm"), controller._modules.get("post_layer_norm")
+    down, up = adapter.down_sampler, adapter.up_sampler
+    h = ops.adapter(
+        x,
+        down.weight,
+        down.bias,
+        up.weight,
+        up.bias,
+        norm_weight=None if pre is None else pre.weight,
+        norm_bias=None if pre is None else pre.bias,
+        eps=1e-5 if pre is None else pre.eps,
+        activation=adapter.activation,
+        residuals=(x,) if post is None else (),
+        backend=backend,
+    )
+    return (
+        h
+        if post is None
+        else torch.nn.functional.layer_norm(h, post.normalized_shape, post.weight, post.bias, post.eps) + x
+    )

@@ -1,0 +1,122 @@
+"""What the encoder-decoder families, BART and T5, answer alike: VL-Adapter's adapters go on, nothing is skipped."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+
+class Seq2SeqFamily:
+    """A family whose host is a model with an `encoder` and a `decoder`.
+
+    A subclass names its transformers module, the classes of its hosts and, in order, of the layers that get adapters
+    with their plain adapter classes and the new children: {class: (adapter class, {child: is cross-attention's})}.
+    """
+
+    name: str
+    module: str
+    host_classes: tuple[str, ...]
+    trains_norms: bool  # does the paper's training train the backbone's norms?
+
+    def hosts(self, module: nn.Module) -> bool:
+        library = sys.modules.get(self.module)
+        return library is not None and isinstance(module, tuple(getattr(library, name) for name in self.host_classes))
+
+    def hidden(self, host) -> int:
+        return host.config.d_model
+
+    # --- adapters
+
+    def sites(self) -> dict:
+        raise NotImplementedError
+
+    def fused_classes(self) -> tuple[type, ...]:
+        raise NotImplementedError
+
+    def std(self, config) -> float | None:
+        """The standard deviation new adapter weights are drawn with; None: as torch draws a Linear's."""
+        raise NotImplementedError
+
+    def _layers(self, host):
+        """(name, layer) of the layers that get adapters or the task."""
+        kinds = tuple(self.sites())
+        for part in ("encoder", "decoder"):
+            for name, module in getattr(host, part).named_modules(prefix=part):
+                if isinstance(module, kinds):
+                    yield name, module
+
+    def attach_reason(self, host) -> str | None:
+        """Semantics: why adapters cannot be attached to this model, or None."""
+        expected = (*self.sites(), *self.fused_classes())
+        for name, layer in self._layers(host):
+            if type(layer) not in expected:
+                kind = type(layer)
+                return f"{name} is {kind.__module__}.{kind.__qualname__}, expected a layer of {self.module}"
+        return None
+
+    def is_attached(self, host) -> bool:
+        return any(child.endswith("_adapter") for _, layer in self._layers(host) for child in layer._modules)
+
+    def attach_adapter(self, host, config) -> None:
+        """Semantics: an AdapterController after each sublayer, before dropout and residual; vl_adapter.md 2 of the
+        original has the places, `config` the sizes.
+        """
+        from fastpetl.nn.adapter_controller import AdapterController
+
+        sites = self.sites()
+        for _, layer in list(self._layers(host)):
+            adapter_class, children = sites[type(layer)]
+            like = next(layer.parameters())
+            for child, cross in children.items():
+                if cross and not config.cross_attention:
+                    continue
+                controller = AdapterController(
+                    self.hidden(host),
+                    config.bottleneck,
+                    config.tasks,
+                    sharing=config.sharing,
+                    shared=config.shared,
+                    activation=config.activation,
+                    norm_before=config.norm_before,
+                    norm_after=config.norm_after,
+                    std=self.std(host.config),
+                    device=like.device,
+                    dtype=like.dtype,
+                )
+                layer.add_module(child, controller.train(layer.training))
+            layer.__class__ = adapter_class
+
+    def detach_adapter(self, host) -> None:
+        originals = {adapter_class: cls for cls, (adapter_class, _) in self.sites().items()}
+        for _, layer in list(self._layers(host)):
+            for child in [name for name in layer._modules if name.endswith("_adapter")]:
+                del layer._modules[child]
+            layer.__dict__.pop("_fastpetl_task", None)
+            layer.__class__ = originals.get(type(layer), type(layer))
+
+    # --- skipping: not for these models
+
+    def n_blocks(self, host) -> int:
+        raise ValueError(f"skip: {self.name} layers cannot be skipped, expected one of the models DAS is about")
+
+    def blocks(self, model, host) -> list:
+        self.n_blocks(host)
+
+    def has_shortcut_adapters(self, host) -> bool:
+        return False
+
+    def get_skip(self, host):
+        return None, "identity"
+
+    def set_skip(self, host, values, shortcut) -> None:
+        if values is not None:
+            self.n_blocks(host)
+
+    # --- the originals' checkpoints
+
+    ignored: tuple[str, ...] = ()
+
+    def from_original(self, state: dict) -> dict:
+        """Semantics: a state_dict of VL-T5's or VL-Adapter's code under the names here, which are the same."""
+        return {name: value for name, value in state.items() if not name.endswith(self.ignored)}

@@ -1,0 +1,1 @@
+from vilt_tiny import one_thread  # noqa: F401
