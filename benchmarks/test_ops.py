@@ -5,7 +5,7 @@ import pytest
 from . import common
 
 from fastpetl.bench import ops  # isort: skip
-from fastpetl.bench.cases import CASES, Maker, Size  # isort: skip
+from fastpetl.bench.cases import CASES, Size  # isort: skip
 
 PLAN = ops.Plan()
 PARAMS = [(case, short, mode, n) for short, case, mode, names in ops.selected(PLAN) for n in names]
@@ -14,13 +14,11 @@ PARAMS = [(case, short, mode, n) for short, case, mode, names in ops.selected(PL
 @pytest.mark.parametrize("case, short, mode, name", PARAMS, ids=lambda v: getattr(v, "name", v))
 def test_op(benchmark, case, short, mode, name):
     benchmark.group = f"{case.name} {short} {mode}"
-    if name == "routed" and (reason := ops.route_reason()) is not None:
-        pytest.skip(reason)
     common.torch._dynamo.reset()
-    built = case.build(Size(), Maker(common.DTYPES[short], "cpu", seed=len(case.name)))
-    grads = None if mode == "forward" else ops.cotangents(built)
-    function = ops.implementation(built, name)
-    ops.verify(built, {name: function}, grads, f"{case.name} {short} {mode}")
+    built, grads, functions, _ = ops.prepare(PLAN, case, short, mode, [name], ops.implementation, benchmark.group)
+    if name not in functions:
+        pytest.skip("routed eager is not true fp32 for this shape")
+    function = functions[name]
     floor = ops.floors(built, Size(), mode)
     common.timed(benchmark, ops.call(name, function, built, grads), 1e9 * floor["gflop"], floor_mib=floor["floor_mib"])
 

@@ -136,5 +136,8 @@ def ops(result: dict) -> str:
     peak = "" if result["fma_gflops"] is None else f"; FMA chains reach {result['fma_gflops']:.0f} GFLOP/s"
     copy = f"a copy of 256 MiB runs at {result['copy_gbs']:.1f} GB/s here"
     note = f"floor: the bytes a perfect kernel moves; {copy}{peak}"
+    unrouted = [c["case"] for c in result["checks"] if not c["met"]]
+    if unrouted:
+        note += "\nrouted is not true fp32 here and left out: " + "; ".join(unrouted)
     slower = ["slower than a baseline: " + ("; ".join(losing) if losing else "none")]
     return "\n".join([table(columns, lines), note, *slower])
