@@ -1,8 +1,8 @@
 """All that a GPU has to say about fastpetl, in one command: python benchmarks/gpu_suite.py [--minutes 9]
 
 Builds, runs the op tests on the GPU, checks every op's numbers (also on another stream, in a captured graph, and on a
-device that is not the current one), lets compute-sanitizer look at small cases, reads the compiled kernels' spills,
-then measures: each op against eager and max-autotune, ViLT against eager and compiled, the adapters' tax and what skipping
+device that is not the current one), lets compute-sanitizer look at small cases, reads the kernels' spills, then
+measures: each op against eager and max-autotune, ViLT against eager and compiled, the adapters' tax and what skipping
 gives back. Writes one JSON and one Markdown table into benchmarks/results/, to be committed.
 
 Each stage is a process with a time limit; what one cannot do is a line that says why, and the next goes on. Without a

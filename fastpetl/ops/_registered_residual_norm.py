@@ -6,7 +6,7 @@ import torch
 
 from ._common import grad_mask
 from ._library import autograd, not_twice, register
-from ._residual_norm import empty, run_backward, run_forward
+from ._residual_norm import empty, run_backward, run_forward, shared, without_copy
 
 
 def _forward(*args):
@@ -45,10 +45,11 @@ def _gradient(ctx, g_s, g_n, _):
     if needs and (g_s is not None or g_n is not None):
         s, stats, weight, mask, seed = ctx.saved_tensors
         s = stats if s is None else s
+        once = without_copy(needs, mask, dropout)
         out = torch.ops.fastpetl.residual_norm_backward(
-            g_s, g_n, s, stats, weight, mask, seed, tail, dropout, needs, backend
+            g_s, g_n, s, stats, weight, mask, seed, tail, dropout, once, backend
         )
-        grads = [g if needs >> i & 1 else None for i, g in enumerate(out)]
+        grads = shared(out, needs, once)
     return (*grads, *(None,) * 8)
 
 

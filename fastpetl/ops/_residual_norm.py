@@ -49,6 +49,16 @@ def run_backward(name, g_s, g_n, s, stats, weight, mask, seed, tail, dropout, ne
     return tuple(_launchers(name)[1](g_s, g_n, s, stats, dense(weight), dense(mask), seed, tail, dropout, needs))
 
 
+def without_copy(needs, mask, dropout):
+    """`needs` without df where it is dx: with neither mask nor dropout."""
+    return needs & ~2 if needs & 3 == 3 and mask is None and not dropout else needs
+
+
+def shared(out, needs, once):
+    """The wanted gradients of a backward asked for `once`, None for the others."""
+    return [out[0] if i == 1 and needs != once else g if needs >> i & 1 else None for i, g in enumerate(out)]
+
+
 def empty(x, sublayer, tail, emit, save):
     """The outputs' shapes and dtypes, uninitialised."""
     s = x.new_empty(x.shape if sublayer and (emit & SUM or save and tail) else 0)

@@ -20,7 +20,17 @@ from ._common import (
     unflatten,
 )
 from ._dropout import dropout_factor
-from ._residual_norm import NORM, SUM, add_sublayer, norm_forward, run_backward, run_forward, skipped_rows
+from ._residual_norm import (
+    NORM,
+    SUM,
+    add_sublayer,
+    norm_forward,
+    run_backward,
+    run_forward,
+    shared,
+    skipped_rows,
+    without_copy,
+)
 
 __all__ = ["residual_norm", "residual_norm_reference"]
 
@@ -150,8 +160,9 @@ class _ResidualNorm(torch.autograd.Function):
             tail, dropout, name = ctx.config
             s, stats, weight, mask, seed = ctx.saved_tensors
             s = stats.new_empty(0) if s is None else rows(s)
-            out = run_backward(name, g_s, g_n, s, stats, weight, mask, seed, tail, dropout, needs)
-            grads = [g if needs >> i & 1 else None for i, g in enumerate(out)]
+            once = without_copy(needs, mask, dropout)
+            out = run_backward(name, g_s, g_n, s, stats, weight, mask, seed, tail, dropout, once)
+            grads = shared(out, needs, once)
             grads[:2] = [None if g is None else g.view(like.shape) for g in grads[:2]]
         return (*grads, *(None,) * 7)
 
