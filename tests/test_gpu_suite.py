@@ -1,0 +1,43 @@
+"""The GPU suite runs to its end where there is no GPU, writes what it found and says that it means nothing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SUITE = Path(__file__).parents[1] / "benchmarks/gpu_suite.py"
+
+
+def suite(folder, *args):
+    command = [sys.executable, str(SUITE), "--results", str(folder), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=500)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the suite itself")
+def test_some_stages_without_a_gpu(tmp_path):
+    done = suite(tmp_path, "--only", "sanitizer,spills,model")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())
+    assert list(found["stages"]) == ["facts", "sanitizer", "spills", "model"] and found["spills"]["ok"] is None
+    assert {row["variant"] for row in found["model"]} >= {"eager", "compile", "patched", "bare, patched"}
+    assert "sizes and times here mean nothing" in file.with_suffix(".md").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the suite itself")
+def test_a_stage_out_of_time_is_a_line_not_the_end(tmp_path):
+    done = suite(tmp_path, "--minutes", "0.01")
+    assert done.returncode == 1 and "not run: out of time" in done.stdout
+    assert len(list(tmp_path.glob("*.md"))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the suite itself")
+def test_every_stage_without_a_gpu(tmp_path):
+    done = suite(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("*.json")
+    assert all(check["ok"] for check in json.loads(file.read_text())["checks"])
