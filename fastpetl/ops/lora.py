@@ -17,6 +17,8 @@ from .residual_norm import check_seed
 
 __all__ = ["lora_linear", "lora_linear_reference", "merge_lora"]
 
+_APART = 0x5851F42D4C957  # far apart: sites with consecutive seeds share no mask
+
 
 def lora_linear(x, weights, biases, lora_a, lora_b, *, scale=1.0, dropout=0.0, seed=None, backend="auto"):
     """Semantics: y_i = x W_i^T + b_i + scale * (drop_i(x) A_i^T) B_i^T, for all i; the last term only where A_i is
@@ -24,7 +26,7 @@ def lora_linear(x, weights, biases, lora_a, lora_b, *, scale=1.0, dropout=0.0, s
 
     x [..., in]; weights: a tuple of W_i [out_i, in], frozen or not; biases: a tuple of b_i [out_i] or None; lora_a,
     lora_b: tuples of A_i [r_i, in] and B_i [out_i, r_i], both None for a plain linear (k of q, k, v). Returns a tuple.
-    dropout: on x in each branch, a Philox mask of its own (seed + i; see `residual_norm`); seed int64 of one element.
+    dropout: on x in each branch, a Philox mask of its own (see `residual_norm`); seed int64 of one element.
     Gradients: for x, A, B, and for W and b where they want them. backend: that of `adapter`, which computes square
     branches; others, and any that is dropped out, run in torch. Source: VL-Adapter `LoRALinearController`
     (vl_adapter.md 1.6), loralib.
@@ -36,9 +38,9 @@ def lora_linear(x, weights, biases, lora_a, lora_b, *, scale=1.0, dropout=0.0, s
         return adapter(u, a, None, b, None, activation="identity", scale=scale, residuals=(base,), backend=backend)
 
     def base(weight, bias):
-        if any(t is not None and t.requires_grad for t in (weight, bias)):
+        if weight.requires_grad:
             return F.linear(x, weight, bias)
-        return linear(x, (weight,), (bias,))
+        return linear(x, (weight,), None if bias is None else (bias,))
 
     return _run(
         "lora_linear",
@@ -77,7 +79,7 @@ def _run(function, x, weights, biases, lora_a, lora_b, scale, dropout, seed, bas
         if a is not None:
             u = x
             if dropout:
-                factor = dropout_factor(seed + i, x[..., 0].numel(), x.shape[-1], dropout, x)
+                factor = dropout_factor(seed + i * _APART, x[..., 0].numel(), x.shape[-1], dropout, x)
                 u = dropped(x, factor.view(x.shape))
             y = branch(y, u, a, b)
         out.append(y)
@@ -129,11 +131,14 @@ class merge_lora:
         wide = torch.promote_types(weight.dtype, torch.float32)
         with torch.no_grad():
             weight.copy_(weight.to(wide) + scale * (b.to(wide) @ a.to(wide)))
+        self._version = weight._version
 
     def undo(self) -> None:
-        """Semantics: the weight as it was; RuntimeError if it was undone before."""
+        """Semantics: the weight as it was; RuntimeError if it was undone or written to before."""
         if self._before is None:
             raise RuntimeError("merge_lora: undo was called before, expected one call for one merge")
+        if self.weight._version != self._version:
+            raise RuntimeError("merge_lora: weight was written to since the merge, expected the merged weight")
         with torch.no_grad():
             self.weight.copy_(self._before)
         self._before = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ._common import check_input
+from ._common import check_input, check_like
 from .adapter import adapter, adapter_reference
 
 __all__ = ["multi_adapter", "multi_adapter_reference"]
@@ -78,6 +78,12 @@ def _run(function, adapt, tensors, task_ids, options, residuals, together):
     tasks = _check(function, x, stacks, task_ids)
     if not isinstance(residuals, (tuple, list)):
         raise TypeError(f"{function}: residuals is a {type(residuals).__name__}, expected a tuple of tensors")
+    for i, r in enumerate(residuals):
+        check_like(
+            function, f"residuals[{i}]", r, x.shape, f"{tuple(x.shape)} to match x", x, dtype=getattr(r, "dtype", 0)
+        )
+    if not torch.compiler.is_compiling():
+        _check_range(function, task_ids, tasks)
     own = [_per_task(t, tasks, flat) for t, flat in zip(stacks, (0, 0, 0, 0, 1, 1), strict=True)]
 
     def call(t, u, res):
@@ -89,13 +95,18 @@ def _run(function, adapt, tensors, task_ids, options, residuals, together):
     if together:
         ids, y = task_ids.view(*task_ids.shape, *(1,) * (x.dim() - task_ids.dim())), None
         for t in range(tasks):
-            out = call(t, x, tuple(residuals))
-            y = out if y is None else torch.where(ids == t, out, y)
+            mine = ids == t  # zeros elsewhere: no infinity of another task's row reaches this one's gradients
+            u, *res = (torch.where(mine, r, 0) for r in (x, *residuals))
+            out = call(t, u, tuple(res))
+            y = out if y is None else torch.where(mine, out, y)
         return y
+    return _grouped(call, x, tuple(residuals), task_ids, tasks)
+
+
+def _check_range(function, task_ids, tasks) -> None:
     if task_ids.numel() and not 0 <= int(task_ids.min()) <= int(task_ids.max()) < tasks:
         got = f"{int(task_ids.min())} to {int(task_ids.max())}"
         raise ValueError(f"{function}: task_ids goes from {got}, expected 0 to {tasks - 1} (tasks={tasks})")
-    return _grouped(call, x, tuple(residuals), task_ids, tasks)
 
 
 def _grouped(call, x, residuals, task_ids, tasks):

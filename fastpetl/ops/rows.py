@@ -12,33 +12,33 @@ __all__ = ["gather_rows", "scatter_rows"]
 def gather_rows(x, index, count=None):
     """Semantics: y[i] = x[index[i]] for i < count, 0 behind; all of them without a count.
 
-    x [n, ...] of any floating dtype; index int64 [m], each entry in [0, n), also those behind count; count: int64
+    x [n, ...] of any floating dtype; index int64 [m], entries in [0, n), anything behind count; count: int64
     tensor of one element on x's device, data and not a shape: nothing waits for it and nothing recompiles. Returns [m,
     ...]. m = 0 gives no rows; to keep all rows needs no call. Gradients: of x, zero where a row was not kept; repeated
     entries add up.
     """
     _check("gather_rows", x, index, count)
-    y = x.index_select(0, index)
-    return y if count is None else torch.where(_valid(index, count, y), y, 0)
+    if count is None:
+        return x.index_select(0, index)
+    valid = torch.arange(index.shape[0], device=index.device) < count
+    y = x.index_select(0, torch.where(valid, index, 0))
+    return torch.where(valid.view(-1, *(1,) * (y.dim() - 1)), y, 0)
 
 
 def scatter_rows(base, rows, index, count=None):
     """Semantics: y = base, but y[index[i]] = rows[i] for i < count; all of them without a count.
 
-    base [n, ...]; rows [m, ...] of base's dtype; index int64 [m] of distinct entries in [0, n); count as in
-    `gather_rows`. Out of place. Gradients: of base, zero in replaced rows; of rows, zero behind count.
+    base [n, ...]; rows [m, ...] of base's dtype; index int64 [m], distinct entries in [0, n), anything behind count;
+    count as in `gather_rows`. Out of place. Gradients: of base, zero in replaced rows; of rows, zero behind count.
     """
     _check("scatter_rows", base, index, count, "base")
     want = (index.shape[0], *base.shape[1:])
     check_like("scatter_rows", "rows", rows, want, f"{want} to match index and base", base, "base")
-    if count is not None:
-        rows = torch.where(_valid(index, count, rows), rows, base.index_select(0, index))
-    return base.index_copy(0, index, rows)
-
-
-def _valid(index, count, like):
-    keep = torch.arange(index.shape[0], device=index.device) < count
-    return keep.view(-1, *(1,) * (like.dim() - 1))
+    if count is None:
+        return base.index_copy(0, index, rows)
+    n = base.shape[0]  # what lies behind count goes to a spare row
+    index = torch.where(torch.arange(index.shape[0], device=index.device) < count, index, n)
+    return torch.cat([base, base.new_zeros(1, *base.shape[1:])]).index_copy(0, index, rows)[:n]
 
 
 def _check(function, x, index, count, name="x") -> None:

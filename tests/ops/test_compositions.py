@@ -87,6 +87,44 @@ def test_compositions_compile_whatever_the_ids():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
 
 
+def test_padding_behind_count_may_be_anything():
+    base, rows, count = torch.randn(3, 4), torch.randn(4, 4), torch.tensor([2])
+    for padding in ([1, 1], [9, -5]):  # a kept row again, or no row at all
+        index = torch.tensor([1, 2, *padding])
+        want = base.clone()
+        want[1:] = rows[:2]
+        assert torch.equal(ops.scatter_rows(base, rows, index, count), want)
+        got = ops.gather_rows(base, index, count)
+        assert torch.equal(got[:2], base[1:]) and not got[2:].any()
+
+
+def test_an_infinity_stays_in_its_task():
+    x, weights = torch.randn(2, 3, 16), stacks(2, 16, 4, norm=False)
+    x[1] = float("inf")
+    for function in (ops.multi_adapter, ops.multi_adapter_reference):
+        y = function(x, *weights[:4], torch.tensor([0, 1]), residuals=(x,))
+        (dw,) = torch.autograd.grad(y[0].sum(), weights[0])
+        assert dw[0].isfinite().all() and y[0].isfinite().all()
+
+
+def test_lora_without_bias_and_masks_of_its_own():
+    x, w, _, la, lb = lora((4, 8), 32, (32, 32), 4, torch.float32, (True, True))
+    torch.testing.assert_close(ops.lora_linear(x, w, (None, None), la, lb)[1], x @ w[1].T + x @ la[1].T @ lb[1].T)
+    same = (la[0], la[0]), (lb[0], lb[0])
+    zero = tuple(torch.zeros_like(t) for t in w)
+    runs = [ops.lora_linear(x, zero, (None, None), *same, dropout=0.5, seed=torch.tensor([s])) for s in (7, 8)]
+    outs = [y for run in runs for y in run]
+    assert not any(torch.equal(a, b) for i, a in enumerate(outs) for b in outs[:i])
+
+
+def test_a_merged_weight_that_was_written_to_is_not_undone():
+    w, a, b = torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2)
+    merged = ops.merge_lora(w, a, b)
+    w.zero_()
+    with pytest.raises(RuntimeError, match="merge_lora: weight was written to since the merge"):
+        merged.undo()
+
+
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     n=st.integers(1, 6), kept=st.integers(0, 6), width=st.integers(1, 9), counted=st.booleans(), seed=st.integers(0, 9)
@@ -180,6 +218,10 @@ X, WD, WU = torch.randn(2, 3, 8), torch.randn(4, 5, 8), torch.randn(4, 8, 5)
             "multi_adapter: w_up has shape (8, 5), expected tasks (or 1) in front",
             lambda: multi(torch.zeros(2).long(), WU[0]),
         ),
+        (
+            "multi_adapter: residuals[0] has shape (3, 2, 8)",
+            lambda: multi(torch.tensor([0, 1]), residuals=(X.view(3, 2, 8),)),
+        ),
         ("gather_rows: index is a list, expected an int64 tensor", lambda: ops.gather_rows(X, [0])),
         ("gather_rows: index is int32 on cpu, expected int64", lambda: ops.gather_rows(X, torch.zeros(1).int())),
         ("gather_rows: index has shape (1, 1)", lambda: ops.gather_rows(X, torch.zeros(1, 1).long())),
@@ -207,8 +249,8 @@ def test_errors(error, call):
     assert str(caught.value).startswith(error)
 
 
-def multi(ids, w_up=WU):
-    return ops.multi_adapter(X, WD, None, w_up, None, ids)
+def multi(ids, w_up=WU, **options):
+    return ops.multi_adapter(X, WD, None, w_up, None, ids, **options)
 
 
 def lora_call(w=WD[0], a=torch.randn(2, 8), b=torch.randn(5, 2), **options):  # noqa: B008
