@@ -1,4 +1,4 @@
-"""Patched against unpatched, interleaved in one process.  ``python -m fastpetl bench vilt | models | ops``."""
+"""Patched against unpatched, interleaved in one process.  ``python -m fastpetl bench vilt | ops``."""
 
 from __future__ import annotations
 

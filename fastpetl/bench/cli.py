@@ -17,7 +17,7 @@ from . import plan
 from .machine import cpu_flags, environment
 
 SCHEMA = 1
-ROUNDS = {"vilt": (9, 3), "models": (9, 3), "ops": (15, 5)}  # samples per variant: usually, and with --quick
+ROUNDS = {"vilt": (9, 3), "ops": (15, 5)}  # samples per variant: usually, and with --quick
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         choices=sorted(ROUNDS),
-        help="vilt: ViLT with DAS adapters; models: METER, VL-BART, VL-T5; ops: the kernel family, op by op",
+        help="vilt: ViLT with DAS adapters; ops: the kernel family, op by op",
     )
     parser.add_argument("--quick", action="store_true", help="few samples")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")

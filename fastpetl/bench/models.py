@@ -1,4 +1,4 @@
-"""`bench vilt` and `bench models`: inference and training step, eager against compiled, routed and patched."""
+"""`bench vilt`: inference and training step, eager against compiled, routed and patched."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def bar(ratio: dict | None) -> str:
 
 
 def models(result: dict) -> str:
-    """Semantics: times, ratios, checks and memory of `bench vilt` and `bench models`."""
+    """Semantics: times, ratios, checks and memory of `bench vilt`."""
     rows, base = [], {}
     for row in result["rows"]:
         if row["status"] == "ok":

@@ -1,4 +1,4 @@
-"""The models of `bench vilt` and `bench models`: real sizes, random weights from a fixed seed, adapters attached."""
+"""The models of `bench vilt`: real sizes, random weights from a fixed seed, adapters attached."""
 
 from __future__ import annotations
 
