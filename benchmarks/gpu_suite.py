@@ -232,7 +232,7 @@ def copy_rate(nbytes: int) -> float:
 
 
 def ops(limit):
-    """Each case in bf16: eager, max-autotune, our backends, Liger where installed; share of the floor's bandwidth."""
+    """Each case in bf16: eager, max-autotune, our backends; share of the floor's bandwidth."""
     import torch
 
     from fastpetl.bench import cases
@@ -249,8 +249,6 @@ def ops(limit):
         if case.name in AUTOTUNED:
             mode = {"mode": "max-autotune"} if gpu() else {}
             calls["max-autotune"] = torch.compile(built.formula, dynamic=False, **mode)
-        if case.name == "residual_norm" and (liger := liger_norm()) is not None:
-            calls["liger"] = liger
         for mode in bench.MODES:
             grads = None if mode == "forward" else bench.cotangents(built)
             floor = bench.floors(built, size(), mode)["floor_mib"] * 2**20
@@ -262,15 +260,6 @@ def ops(limit):
                 except RuntimeError as error:
                     rows.append({**row, "status": str(error)[:200]})
     return rows
-
-
-def liger_norm():
-    """Liger's fused add and norm, where it is installed."""
-    try:
-        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction as Function
-    except ImportError:
-        return None
-    return lambda x, f, gamma, beta: tuple(reversed(Function.apply(x, f, gamma, 1e-6)[:2]))
 
 
 def model(limit):

@@ -48,9 +48,8 @@ class AdapterSpec:
     The fields from `input` on say the rest of a site (`ops.adapter_residual_norm`, where x is always a residual:
     `add_x` and `residuals` say nothing there): what the adapter reads (the residual stream x, the sublayer output f, or
     the normalised input), whether it is added before or after the tail norm, that norm and its eps, which of the sum
-    and
-    its norm come out, and the dropout on the sublayer output. Checked on construction; ValueError says which field,
-    what it is and what was expected.
+    and its norm come out, and the dropout on the sublayer output. Checked on construction; ValueError says which
+    field, what it is and what was expected.
     """
 
     hidden: int

@@ -40,7 +40,7 @@ static float fma_chain(int64_t iterations, float factor) {
 #pragma GCC unroll 12
     for (int i = 0; i < CHAINS; ++i) a[i] = fma(a[i], x, y + splat(i * 1e-12f));
   for (int i = 1; i < CHAINS; ++i) a[0] += a[i];
-  return sum(a[0]);
+  return a[0][0];
 }
 static double fma_chains(int64_t iterations, int threads) {
   parallel(threads, 1, [&](int64_t begin, int64_t end) {

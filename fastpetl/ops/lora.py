@@ -28,7 +28,7 @@ def lora_linear(x, weights, biases, lora_a, lora_b, *, scale=1.0, dropout=0.0, s
     lora_b: tuples of A_i [r_i, in] and B_i [out_i, r_i], both None for a plain linear (k of q, k, v). Returns a tuple.
     dropout: on x in each branch, a Philox mask of its own (see `residual_norm`); seed int64 of one element.
     Gradients: for x, A, B, and for W and b where they want them. backend: that of `adapter`, which computes square
-    branches; others, and any that is dropped out, run in torch. Source: VL-Adapter `LoRALinearController`
+    branches; others run in torch, and so does dropout. Source: VL-Adapter `LoRALinearController`
     (vl_adapter.md 1.6), loralib.
     """
 
@@ -125,6 +125,10 @@ class merge_lora:
     """
 
     def __init__(self, weight, a, b, scale=1.0):
+        for name, t in (("weight", weight), ("a", a), ("b", b)):
+            if not isinstance(t, torch.Tensor) or t.dim() != 2:
+                got = tuple(t.shape) if isinstance(t, torch.Tensor) else type(t).__name__
+                raise ValueError(f"merge_lora: {name} is {got}, expected a tensor of two dimensions")
         for name, t, want in (("a", a, (a.shape[0], weight.shape[1])), ("b", b, (weight.shape[0], a.shape[0]))):
             check_like("merge_lora", name, t, want, f"{want} to match weight and a", weight, "weight")
         self.weight, self._before = weight, weight.detach().clone()

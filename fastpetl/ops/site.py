@@ -8,7 +8,7 @@ import torch
 
 from ..spec import AdapterSpec
 from ._adapter import ACT
-from ._common import check_input, check_like
+from ._common import autocast_dtype, check_input, check_like
 from ._dropout import dropout_factor, dropped
 from ._residual_norm import norm_forward, skipped_rows
 from .adapter import adapter
@@ -56,7 +56,7 @@ def adapter_residual_norm(
     mine = (w_down, b_down, w_up, b_up, norm_weight, norm_bias)
     _check(spec, x, f, normed, mine, tail_weight, tail_bias, shortcut, mask, seed)
     if mask is None:
-        return _kept(spec, x, f, normed, mine, tail_weight, tail_bias, None, seed, backend)
+        return _kept(spec, x, f, normed, mine, tail_weight, tail_bias, seed, backend)
     if torch.compiler.is_compiling():
         return _together(spec, x, f, normed, mine, tail_weight, tail_bias, shortcut, mask, seed, backend)
     return _apart(spec, x, f, normed, mine, tail_weight, tail_bias, shortcut, mask, seed, backend)
@@ -80,13 +80,13 @@ def _adapt(spec, u, parameters, residuals, backend):
     )
 
 
-def _finish(spec, x, f, weight, bias, mask, seed, backend):
+def _finish(spec, x, f, weight, bias, seed, backend):
     """(s, n) with what the spec does not emit left out as None; f None: s is x."""
     tail = {"tail": spec.tail, "eps": spec.tail_eps, "backend": backend}
     if f is None:
         n = None if spec.tail is None else residual_norm(x, None, weight, bias, emit="norm", **tail)
         return x, n
-    out = residual_norm(x, f, weight, bias, emit=spec.emit, dropout=spec.dropout, seed=seed, mask=mask, **tail)
+    out = residual_norm(x, f, weight, bias, emit=spec.emit, dropout=spec.dropout, seed=seed, **tail)
     return out if spec.emit == "both" else (out, None) if spec.emit == "sum" else (None, out)
 
 
@@ -94,18 +94,18 @@ def _emit(spec, s, n):
     return (s, n) if spec.emit == "both" else s if spec.emit == "sum" else n
 
 
-def _kept(spec, x, f, normed, mine, weight, bias, mask, seed, backend):
+def _kept(spec, x, f, normed, mine, weight, bias, seed, backend):
     if spec.input == "sublayer":
-        return _emit(spec, *_finish(spec, x, _adapt(spec, f, mine, (f,), backend), weight, bias, mask, seed, backend))
+        return _emit(spec, *_finish(spec, x, _adapt(spec, f, mine, (f,), backend), weight, bias, seed, backend))
     u = x if spec.input == "residual" else normed
     if spec.placement == "after":
-        s, n = _finish(spec, x, f, weight, bias, mask, seed, backend)
+        s, n = _finish(spec, x, f, weight, bias, seed, backend)
         return _emit(spec, s, _adapt(spec, n if u is None else u, mine, (n,), backend))
     if spec.dropout and f is not None:  # the adapter is not dropped: x + A(u) is the residual of drop(f)
         stream = _adapt(spec, u, mine, (x,), backend)
-        return _emit(spec, *_finish(spec, stream, f, weight, bias, mask, seed, backend))
+        return _emit(spec, *_finish(spec, stream, f, weight, bias, seed, backend))
     s = _adapt(spec, u, mine, (x,) if f is None else (x, f), backend)
-    return _emit(spec, *_finish(spec, s, None, weight, bias, None, None, backend))
+    return _emit(spec, *_finish(spec, s, None, weight, bias, None, backend))
 
 
 def _apart(spec, x, f, normed, mine, weight, bias, shortcut, mask, seed, backend):
@@ -125,26 +125,28 @@ def _kept_samples(spec, ids, x, f, normed, mine, weight, bias, seed, backend):
     """The site of the samples `ids`; what dropout does to an element depends on its place in the whole batch."""
     sub, normed = None if f is None else f[ids], None if normed is None else normed[ids]
     if not spec.dropout:
-        return _kept(spec, x[ids], sub, normed, mine, weight, bias, None, seed, backend)
+        return _kept(spec, x[ids], sub, normed, mine, weight, bias, seed, backend)
     factor = dropout_factor(seed, x[..., 0].numel(), x.shape[-1], spec.dropout, x).view(x.shape)[ids]
     plain = replace(spec, dropout=0.0)
     if spec.input == "sublayer":
         sub = dropped(_adapt(spec, sub, mine, (sub,), backend), factor)
-        return _emit(spec, *_finish(plain, x[ids], sub, weight, bias, None, None, backend))
-    return _kept(plain, x[ids], dropped(sub, factor), normed, mine, weight, bias, None, None, backend)
+        return _emit(spec, *_finish(plain, x[ids], sub, weight, bias, None, backend))
+    return _kept(plain, x[ids], dropped(sub, factor), normed, mine, weight, bias, None, backend)
 
 
 def _skipped(spec, x, weight, bias, shortcut, backend):
     s = x if shortcut is None else _adapt(spec, x, shortcut, (x,), backend)
-    return _emit(spec, *_finish(spec, s, None, weight, bias, None, None, backend))
+    return _emit(spec, *_finish(spec, s, None, weight, bias, None, backend))
 
 
 def _together(spec, x, f, normed, mine, weight, bias, shortcut, mask, seed, backend):
-    """Every sample both ways, one of them chosen: no shape depends on the mask."""
+    """Every sample both ways, one of them chosen: no shape depends on the mask. Each way sees zeros for the other's
+    samples: what is infinite or NaN there must not reach its weights' gradients.
+    """
     choose = mask.view(-1, *(1,) * (x.dim() - 1))
-    f, normed = (None if t is None else torch.where(choose, 0, t) for t in (f, normed))
-    kept = _kept(spec, x, f, normed, mine, weight, bias, None, seed, backend)
-    skipped = _skipped(spec, x, weight, bias, shortcut, backend)
+    mine_x, f, normed = (None if t is None else torch.where(choose, 0, t) for t in (x, f, normed))
+    kept = _kept(spec, mine_x, f, normed, mine, weight, bias, seed, backend)
+    skipped = _skipped(spec, torch.where(choose, x, 0), weight, bias, shortcut, backend)
     if spec.emit == "both":
         return tuple(torch.where(choose, s, k) for k, s in zip(kept, skipped, strict=True))
     return torch.where(choose, skipped, kept)
@@ -171,7 +173,8 @@ def _check(spec, x, f, normed, mine, tail_weight, tail_bias, shortcut, mask, see
         raise ValueError(f"{name}: f is None with input={spec.input!r} and dropout={spec.dropout}, expected a tensor")
     for what, t in (("f", f), ("normed", normed)):
         if t is not None:
-            check_like(name, what, t, x.shape, f"{tuple(x.shape)} to match x", x)
+            dtype = getattr(t, "dtype", None) if autocast_dtype(x) is not None else None  # autocast mixes them
+            check_like(name, what, t, x.shape, f"{tuple(x.shape)} to match x", x, dtype=dtype)
     wanted = spec.input == "normalised" and spec.placement == "inside"
     if (normed is None) if wanted else (normed is not None and spec.input != "normalised"):
         got = "None" if normed is None else "given"
@@ -222,14 +225,18 @@ def adapter_residual_norm_reference(
     if skipped is not None:
         f, normed = (None if t is None else torch.where(skipped, 0, t) for t in (f, normed))
     factor = dropout_factor(seed, *x.shape, spec.dropout, x)
-    after, u = spec.placement == "after", {"residual": x, "sublayer": f, "normalised": normed}[spec.input]
-    s = x
+    own = (
+        x if skipped is None else torch.where(skipped, 0, x)
+    )  # what an adapter does not see cannot reach its gradients
+    after, u = spec.placement == "after", {"residual": own, "sublayer": f, "normalised": normed}[spec.input]
+    s = own
     if f is not None:
-        s = x + dropped(f + adapt(f, *mine) if spec.input == "sublayer" else f, factor)
+        s = own + dropped(f + adapt(f, *mine) if spec.input == "sublayer" else f, factor)
     if spec.input != "sublayer" and not after:
         s = s + adapt(u, *mine)
     if skipped is not None:
-        s = torch.where(skipped, x if shortcut is None else x + adapt(x, *shortcut), s)
+        theirs = torch.where(skipped, x, 0)
+        s = torch.where(skipped, theirs if shortcut is None else theirs + adapt(theirs, *shortcut), s)
     n = None
     if spec.tail is not None:
         n = norm_forward(s, tail_weight, tail_bias, TAIL_CODES[spec.tail], spec.tail_eps)[0]

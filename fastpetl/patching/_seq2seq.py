@@ -31,9 +31,6 @@ class Seq2SeqFamily:
     def sites(self) -> dict:
         raise NotImplementedError
 
-    def fused_classes(self) -> tuple[type, ...]:
-        raise NotImplementedError
-
     def std(self, config) -> float | None:
         """The standard deviation new adapter weights are drawn with; None: as torch draws a Linear's."""
         raise NotImplementedError
@@ -48,7 +45,7 @@ class Seq2SeqFamily:
 
     def attach_reason(self, host) -> str | None:
         """Semantics: why adapters cannot be attached to this model, or None."""
-        expected = (*self.sites(), *self.fused_classes())
+        expected = tuple(self.sites())
         for name, layer in self._layers(host):
             if type(layer) not in expected:
                 kind = type(layer)

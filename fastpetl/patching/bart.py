@@ -31,9 +31,6 @@ class BartFamily(Seq2SeqFamily):
             hf.BartDecoderLayer: (plain.AdapterBartDecoderLayer, decoder),
         }
 
-    def fused_classes(self) -> tuple[type, ...]:
-        return ()
-
     def std(self, config) -> float:
         return config.init_std  # the original re-draws every Linear with BART's own initialiser
 

@@ -31,9 +31,6 @@ class T5Family(Seq2SeqFamily):
             hf.T5LayerFF: (plain.AdapterT5LayerFF, {"ff_adapter": False}),
         }
 
-    def fused_classes(self) -> tuple[type, ...]:
-        return ()
-
     def std(self, config) -> None:
         return None  # the original leaves T5's adapters as torch makes them
 

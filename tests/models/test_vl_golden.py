@@ -159,3 +159,12 @@ def test_images_that_do_not_divide_the_features():
     ids = torch.tensor([[0, 1, 2]]).expand(3, 3)
     with pytest.raises(ValueError, match="VisualEmbedding: vis_feats has 16 features, expected a multiple of the 3"):
         run(model, img_order_ids=ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_pretrained_and_from_pretrained(kind, tmp_path):
+    model = tiny(kind)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    assert again.state_dict().keys() == model.state_dict().keys()
+    torch.testing.assert_close(run(again).logits, run(model).logits)

@@ -117,6 +117,15 @@ def test_lora_without_bias_and_masks_of_its_own():
     assert not any(torch.equal(a, b) for i, a in enumerate(outs) for b in outs[:i])
 
 
+def test_lora_trains_biases_on_the_frozen_path():
+    """VL-Adapter's LoRA trains every bias beside a frozen weight."""
+    x, w, b, la, lb = lora((4, 8), 32, (32,), 4, torch.float32, (True,))
+    b = (b[0].requires_grad_(),)
+    (ours,) = torch.autograd.grad(ops.lora_linear(x, w, b, la, lb)[0].square().sum(), b)
+    (want,) = torch.autograd.grad(ops.lora_linear_reference(x, w, b, la, lb)[0].square().sum(), b)
+    torch.testing.assert_close(ours, want)
+
+
 def test_a_merged_weight_that_was_written_to_is_not_undone():
     w, a, b = torch.randn(6, 5), torch.randn(2, 5), torch.randn(6, 2)
     merged = ops.merge_lora(w, a, b)
@@ -222,6 +231,8 @@ X, WD, WU = torch.randn(2, 3, 8), torch.randn(4, 5, 8), torch.randn(4, 8, 5)
             "multi_adapter: residuals[0] has shape (3, 2, 8)",
             lambda: multi(torch.tensor([0, 1]), residuals=(X.view(3, 2, 8),)),
         ),
+        ("merge_lora: a is NoneType, expected a tensor of two dim", lambda: ops.merge_lora(WD[0], None, WU[0])),
+        ("merge_lora: b has shape (8, 5), expected (5, 5)", lambda: ops.merge_lora(WD[0], WD[1], WU[0])),
         ("gather_rows: index is a list, expected an int64 tensor", lambda: ops.gather_rows(X, [0])),
         ("gather_rows: index is int32 on cpu, expected int64", lambda: ops.gather_rows(X, torch.zeros(1).int())),
         ("gather_rows: index has shape (1, 1)", lambda: ops.gather_rows(X, torch.zeros(1, 1).long())),

@@ -197,6 +197,41 @@ def test_compiled_with_any_mask():
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 
 
+@pytest.mark.parametrize("way", ["eager", "compiled", "reference"])
+def test_nothing_crosses_between_kept_and_skipped_samples(way):
+    """A NaN in a sample's x stays out of the weights that the sample does not use, whichever way the mask is served."""
+    torch._dynamo.reset()
+    tensors, named, shortcut = site(VILT, (3, 5), shortcut=40)
+    function = {"reference": ops.adapter_residual_norm_reference}.get(way, ops.adapter_residual_norm)
+    function = torch.compile(function, fullgraph=True) if way == "compiled" else function
+    for bad, clean in ((0, shortcut[0]), (1, tensors[2])):
+        x = tensors[0].detach().clone()
+        x[bad] = float("nan")
+        mask = torch.tensor([False, True, False])
+        s, n = function(x, *tensors[1:], spec=VILT, **named, shortcut=shortcut, mask=mask)
+        good = 1 - bad
+        (dw,) = torch.autograd.grad(s[good].sum() + n[good].sum(), clean)
+        assert dw.isfinite().all() and s[good].isfinite().all()
+
+
+@pytest.mark.parametrize("name", SITES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_autocast_mixes_dtypes(name, masked):
+    """A float32 stream beside the bfloat16 output of an autocast sublayer: as autocast torch would, s in float32."""
+    spec = SITES[name]
+    tensors, named, shortcut = site(spec, (3, 5), shortcut=40)
+    x, f, *w = tensors
+    mask = torch.tensor([False, True, False]) if masked else None
+    want = ops.adapter_residual_norm_reference(x, f, *w, spec=spec, **named, shortcut=shortcut, mask=mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = ops.adapter_residual_norm(x, f.bfloat16(), *w, spec=spec, **named, shortcut=shortcut, mask=mask)
+    for g, t in zip(
+        got if isinstance(got, tuple) else (got,), want if isinstance(want, tuple) else (want,), strict=True
+    ):
+        assert g.dtype == torch.float32
+        torch.testing.assert_close(g, t, rtol=0.05, atol=0.08)
+
+
 def test_gradcheck_of_the_reference():
     spec = AdapterSpec(5, 2, "gelu", tail="layernorm", emit="both", dropout=0.2)
     tensors, named, shortcut = doubled(*site(spec, (3, 2), shortcut=3))
