@@ -136,6 +136,18 @@ def test_no_rows(backend, shape):
     assert s.shape == n.shape == dx.shape == shape and not dw.any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tail", ["layernorm", "rmsnorm"])
+def test_the_norm_reads_the_rounded_sum(backend, tail):
+    """What a reader of s would compute, to the bit: the saved statistics are of the s that is saved."""
+    made = arguments((64, 300), torch.bfloat16, tail)
+    options = {"tail": tail}
+    with using("residual_norm", backend, torch.bfloat16) as name:
+        s, n = ops.residual_norm(made["x"], made["f"], made["weight"], made["bias"], backend=name, **options)
+        again = ops.residual_norm(s, None, made["weight"], made["bias"], emit="norm", backend=name, **options)
+    assert torch.equal(n, again)
+
+
 def test_infinities_and_nan_stay_in_their_rows():
     x = torch.randn(6, 48)
     x[1, 3], x[2, 5] = float("inf"), float("nan")
