@@ -118,8 +118,7 @@ def _remove(model, family, host, config, flags) -> None:
 
 def _patched(model) -> tuple[set[str], str]:
     """The names of the patched modules, and the backend they were patched for."""
-    replacements = {rule.replacement for rule in registry.rules()}
-    fused = {n: m for n, m in model.named_modules() if f"{type(m).__module__}:{type(m).__qualname__}" in replacements}
+    fused = {name: m for name, m in model.named_modules() if registry.patched_by(type(m)) is not None}
     backends = {getattr(module, "_fastpetl_backend", "auto") for module in fused.values()}
     return set(fused), backends.pop() if len(backends) == 1 else "auto"
 

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 from torch import nn
 
 from fastpetl.patching import registry
-from fastpetl.patching.registry import Rule
+from fastpetl.patching._probe import probe_reason
+from fastpetl.patching.registry import CopiedRule, Rule, class_key
 from fastpetl.patching.report import Report, Row
 
 __all__ = ["Report", "Row", "patch", "report", "unpatch"]
@@ -48,7 +49,7 @@ def patch(
             _backends(
                 rule, module, backend
             )  # raises now if an explicit backend cannot serve, before anything is changed
-            plan.append((module, rule))
+            plan.append((module, rule.replacement_class(module)))
         else:
             declined.append(f"{name}: {reason}")
     if not found:
@@ -58,8 +59,7 @@ def patch(
         warnings.warn(message, stacklevel=2)
     if strict and declined:
         raise ValueError(f"patch: {len(declined)} modules are declined (strict=True): " + "; ".join(declined))
-    replacements = [rule.replacement_class() for _, rule in plan]
-    for (module, _), replacement in zip(plan, replacements, strict=True):
+    for module, replacement in plan:
         module.__class__ = replacement
         if backend == "auto":
             module.__dict__.pop("_fastpetl_backend", None)
@@ -71,11 +71,10 @@ def patch(
 def unpatch(model: nn.Module) -> nn.Module:
     """Semantics: undo `patch` exactly; in place; returns `model`. What was attached or set to be skipped stays."""
     _check_model(model, "unpatch")
-    originals = {rule.replacement: rule for rule in registry.rules()}
     for module in model.modules():
-        rule = originals.get(_key(type(module)))
-        if rule is not None:
-            module.__class__ = rule.target_class()
+        patched = registry.patched_by(type(module))
+        if patched is not None:
+            module.__class__ = patched[1]
             for key in _STATE:
                 module.__dict__.pop(key, None)
     return model
@@ -86,7 +85,7 @@ def report(model: nn.Module) -> Report:
     _check_model(model, "report")
     rows = []
     for name, module, rule, reason in _matches(model):
-        patched = _key(type(module)) == rule.replacement
+        patched = registry.patched_by(type(module)) is not None
         status = "patched" if patched else "declined"
         fallback = getattr(module, "_fastpetl_fallback", None) if patched else None
         notes = [
@@ -106,28 +105,29 @@ def report(model: nn.Module) -> Report:
     return Report(tuple(rows))
 
 
-def _matches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule, str | None]]:
-    """(name, module, rule, reason to decline) of everything that is, was before patching, or derives from a rule's
-    target.
+def _matches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | CopiedRule, str | None]]:
+    """(name, module, rule, reason to decline) of everything that is, was before patching, derives from, or looks like
+    a rule's target.
     """
-    rules = [(rule, rule.target_class()) for rule in registry.rules()]
-    rules = [(rule, target) for rule, target in rules if target is not None]
-    exact = {target: rule for rule, target in rules} | {rule.replacement: rule for rule, _ in rules}
+    rules = registry.rules()
+    targets = {rule.target_class(): rule for rule in rules if isinstance(rule, Rule)}
+    targets.pop(None, None)  # of libraries nobody has imported
+    copied = [rule for rule in rules if isinstance(rule, CopiedRule)]
     for name, module in model.named_modules():
         cls = type(module)
-        rule = exact.get(cls) or exact.get(_key(cls))
+        rule, _ = registry.patched_by(cls) or (targets.get(cls), cls)
         if rule is not None:
-            yield name, module, rule, _forward_reason(module) or rule.check(module)
+            yield name, module, rule, _forward_reason(module) or rule.check(module) or probe_reason(rule, module)
             continue
-        for rule, target in rules:
-            if isinstance(module, target):
-                yield (
-                    name,
-                    module,
-                    rule,
-                    f"its class is {_key(cls)}, a subclass of {rule.target}, expected exactly that",
-                )
-                break
+        target = next((target for target in targets if isinstance(module, target)), None)
+        if target is not None:
+            rule = targets[target]
+            expected = f"a subclass of {rule.target}, expected exactly that"
+            yield name, module, rule, f"its class is {class_key(cls)}, {expected}"
+            continue
+        rule = next((rule for rule in copied if rule.looks(module)), None)
+        if rule is not None:
+            yield name, module, rule, _forward_reason(module) or rule.check(module) or probe_reason(rule, module)
 
 
 def _forward_reason(module: nn.Module) -> str | None:
@@ -136,7 +136,7 @@ def _forward_reason(module: nn.Module) -> str | None:
     return None
 
 
-def _backends(rule: Rule, module: nn.Module, backend: str) -> tuple[str, str]:
+def _backends(rule: Rule | CopiedRule, module: nn.Module, backend: str) -> tuple[str, str]:
     """The backends that serve a module where and in the dtype it is, as "op: backend, ...", and why "auto" fell back.
 
     "op: a|b" is the fastest of a and b, found by measurement at the first call (`fastpetl.backends.tuned()`).
@@ -157,10 +157,6 @@ def _backends(rule: Rule, module: nn.Module, backend: str) -> tuple[str, str]:
         if "fell back" in choice.reason:
             why.setdefault(choice.reason, []).append(op)
     return ", ".join(names), "; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in why.items())
-
-
-def _key(cls: type) -> str:
-    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def _check_model(model, function: str) -> None:

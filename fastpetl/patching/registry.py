@@ -1,6 +1,6 @@
 """The table of what can be patched, and the families of models the methods know. One file of this package per family.
 
-A family file defines RULES (a tuple of Rule) and, if adapters can be attached to its models or blocks skipped,
+A family file defines RULES (Rule and CopiedRule) and, if adapters can be attached to its models or blocks skipped,
 FAMILY. Both are found by looking through the package: a new family touches no other file, and is imported without the
 libraries it is about.
 """
@@ -11,7 +11,7 @@ import functools
 import importlib
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -39,9 +39,72 @@ class Rule:
         module, _, name = self.target.partition(":")
         return getattr(sys.modules.get(module), name, None)
 
-    def replacement_class(self) -> type:
-        module, _, name = self.replacement.partition(":")
-        return getattr(importlib.import_module(module), name)
+    def replacement_class(self, module: nn.Module) -> type:
+        return _load(self.replacement)
+
+
+@dataclass(frozen=True)
+class CopiedRule:
+    """Semantics: a module of any class for which `looks(module)` becomes an instance of `replacement` before its own
+    class, if `check(module)` has no reason against it and its forward gives the numbers of the original's.
+
+    For research code that is copied from project to project: the class is known by its children and proven by
+    `patching/_probe.py` with the calls `probe(module)` yields as (args, kwargs). replacement is "module:Class", a mixin
+    whose super().forward is the original. `omits` are the positions of a tuple output that the mixin leaves None.
+    """
+
+    kind: str
+    replacement: str
+    looks: Callable[[nn.Module], bool]
+    check: Callable[[nn.Module], str | None]
+    probe: Callable[[nn.Module], Iterable[tuple[tuple, dict]]]
+    ops: tuple[str, ...] = ()
+    note: Callable[[nn.Module], str] = field(default=lambda module: "")
+    omits: tuple[int, ...] = ()
+
+    def replacement_class(self, module: nn.Module) -> type:
+        patched = patched_by(type(module))
+        return _derived(self, type(module)) if patched is None else type(module)
+
+
+@functools.cache
+def _derived(rule: CopiedRule, original: type) -> type:
+    mixin = _load(rule.replacement)
+
+    def reduce(self, protocol):  # the class has no name of its own to be found by
+        return _rebuild, (rule.replacement, original), *object.__reduce_ex__(self, protocol)[2:]
+
+    body = {"__module__": original.__module__, "__reduce_ex__": reduce, "_fastpetl_rule": rule}
+    return type(original.__name__, (mixin, original), body)
+
+
+def _rebuild(replacement: str, original: type) -> nn.Module:
+    rule = next(rule for rule in rules() if rule.replacement == replacement)
+    cls = _derived(rule, original)
+    return cls.__new__(cls)
+
+
+def patched_by(cls: type) -> tuple[Rule | CopiedRule, type] | None:
+    """Semantics: (rule, original class) of a class that `patch` swaps in, None of any other."""
+    rule = cls.__dict__.get("_fastpetl_rule")
+    if rule is not None:
+        return rule, cls.__bases__[1]
+    rule = _replacements().get(class_key(cls))
+    return None if rule is None else (rule, rule.target_class())
+
+
+def class_key(cls: type) -> str:
+    return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def _load(name: str) -> type:
+    module, _, name = name.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+@functools.cache
+def _replacements() -> dict[str, Rule]:
+    return {rule.replacement: rule for rule in rules() if isinstance(rule, Rule)}
 
 
 @functools.cache
@@ -52,7 +115,8 @@ def _files() -> tuple:
     return tuple(file for file in files if hasattr(file, "RULES"))
 
 
-def rules() -> tuple[Rule, ...]:
+@functools.cache
+def rules() -> tuple[Rule | CopiedRule, ...]:
     return tuple(rule for file in _files() for rule in file.RULES)
 
 
