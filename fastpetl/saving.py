@@ -20,8 +20,8 @@ _METHODS = {cls.method: cls for cls in (DASConfig, AdapterConfig)}
 
 
 def save(model: nn.Module, directory) -> Path:
-    """Semantics: write the attached method's trained parameters, its configuration and the skip plan; returns the
-    directory.
+    """Semantics: write the attached method's trained parameters, its configuration and the skip plan (masks per sample
+    and policies are not the model's: not saved); returns the directory.
 
     The parameters are those the method trains (adapters, pooler, head, token types, ...), not the frozen backbone.
     The directory is made if there is none; files of an earlier save are replaced.
@@ -41,7 +41,7 @@ def save(model: nn.Module, directory) -> Path:
         "fastpetl": __version__,
         "method": state.config.method,
         "config": state.config.to_dict(),
-        "skip": None if plan is None else {"blocks": list(plan.blocks), "shortcut": plan.shortcut},
+        "skip": {"blocks": list(plan.blocks), "shortcut": plan.shortcut} if isinstance(plan, SkipPlan) else None,
     }
     save_file(weights, directory / WEIGHTS)
     (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

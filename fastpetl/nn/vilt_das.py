@@ -36,16 +36,17 @@ class DASViltLayer(modeling_vilt.ViltLayer):
 
 
 class SkipViltEncoder(modeling_vilt.ViltEncoder):
-    """ViltEncoder that leaves out the blocks of a static skip set.
+    """ViltEncoder that leaves out the blocks of a skip set.
 
     Semantics: x = shortcut_i(x) if skip[i] else layer_i(x), i = 0, 1, ...; shortcut "identity" is x, "adapter" is
-    `adapter_list[i](x)` = x + A_skip(x). The skip set is read once, when the forward starts: layers recomputed in the
-    backward (gradient checkpointing) are those that ran. A skipped block has no attention map: None stands in its
-    place.
+    `adapter_list[i](x)` = x + A_skip(x); a policy (`fastpetl.skip.policies`) says skip[b, i] for each sample. The skip
+    set is read once, when the forward starts: layers recomputed in the backward (gradient checkpointing) are those that
+    ran. A block skipped by all has no attention map: None stands in its place; a sample that skips has a map of zeros.
     """
 
     adapter_list: nn.ModuleList
-    _fastpetl_skip: tuple[tuple[bool, ...] | None, str] = (None, "identity")  # the skip set, and the shortcut
+    # the skip set (None, a bool per block, or a policy), and the shortcut
+    _fastpetl_skip: tuple = (None, "identity")
 
     def forward(
         self,
@@ -56,26 +57,53 @@ class SkipViltEncoder(modeling_vilt.ViltEncoder):
         return_dict=True,
     ):
         skip, shortcut = self._fastpetl_skip
-        if not any(skip or ()):
+        per_sample = not isinstance(skip, tuple | None)
+        if not per_sample and not any(skip or ()):
             return super().forward(hidden_states, attention_mask, output_attentions, output_hidden_states, return_dict)
-        states, attentions = [], []
-        for i, layer in enumerate(self.layer):
-            if output_hidden_states:
-                states.append(hidden_states)
-            attention = None
-            if not skip[i]:
-                outputs = layer(hidden_states, attention_mask, output_attentions)
-                hidden_states = outputs[0]
-                attention = outputs[1] if output_attentions else None
-            elif shortcut == "adapter":
-                hidden_states = self.adapter_list[i](hidden_states)
-            if output_attentions:
-                attentions.append(attention)
+        run = self._run_per_sample if per_sample else self._run
+        hidden_states, states, attentions = run(
+            hidden_states, attention_mask, skip, shortcut, output_attentions, output_hidden_states
+        )
         states = (*states, hidden_states) if output_hidden_states else None
         attentions = tuple(attentions) if output_attentions else None
         if not return_dict:
             return tuple(v for v in (hidden_states, states, attentions) if v is not None)
         return BaseModelOutput(last_hidden_state=hidden_states, hidden_states=states, attentions=attentions)
+
+    def _run(self, x, mask, skip, shortcut, output_attentions, output_hidden_states):
+        states, attentions = [], []
+        for i, layer in enumerate(self.layer):
+            if output_hidden_states:
+                states.append(x)
+            outputs = (x, None)
+            if not skip[i]:
+                outputs = layer(x, mask, output_attentions)
+            elif shortcut == "adapter":
+                outputs = (self.adapter_list[i](x), None)
+            x = outputs[0]
+            if output_attentions:
+                attentions.append(outputs[1])
+        return x, states, attentions
+
+    def _run_per_sample(self, x, mask, policy, shortcut, output_attentions, output_hidden_states):
+        from fastpetl.skip.compaction import samples
+
+        stream, states, attentions = samples(x, policy, len(self.layer), self.training), [], []
+        for i, layer in enumerate(self.layer):
+            if output_hidden_states:
+                states.append(stream.whole())
+            attention = []
+
+            def block(rows, take, layer=layer, attention=attention):
+                outputs = layer(rows, take(mask), output_attentions)
+                attention += outputs[1:]
+                return outputs[0]
+
+            adapter = self.adapter_list[i] if shortcut == "adapter" else nn.Identity()
+            stream.run(i, block, adapter, layer.parameters(), adapter.parameters())
+            if output_attentions:
+                attentions.append(stream.on(i, attention[0]) if attention else None)
+        return stream.whole(), states, attentions
 
 
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.

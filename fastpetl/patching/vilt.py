@@ -187,12 +187,14 @@ class ViltFamily:
     def has_shortcut_adapters(self, encoder) -> bool:
         return "adapter_list" in encoder._modules
 
-    def get_skip(self, encoder) -> tuple[tuple[bool, ...] | None, str]:
+    def get_skip(self, encoder) -> tuple:
         values, shortcut = encoder.__dict__.get("_fastpetl_skip", (None, None))
         return values, shortcut or ("adapter" if self.has_shortcut_adapters(encoder) else "identity")
 
-    def set_skip(self, encoder, values: tuple[bool, ...] | None, shortcut: str) -> None:
-        """Semantics: set what the encoder skips; with nothing set or attached its class is the original again."""
+    def set_skip(self, encoder, values, shortcut: str) -> None:
+        """Semantics: set what the encoder skips: None, n_blocks bools, or a policy of skip/policies.py. With nothing
+        set or attached its class is the original again.
+        """
         from fastpetl.nn import vilt, vilt_das
 
         plain = {

@@ -8,9 +8,11 @@ from torch import nn
 
 from fastpetl._callable import make_callable
 from fastpetl.patching import registry
-from fastpetl.skip.plan import Block, SkipPlan, check_shortcut, mask_values
+from fastpetl.skip import policies
+from fastpetl.skip.plan import Block, SkipPlan, check_shortcut, mask_values, sample_mask
+from fastpetl.skip.policies import Policy
 
-__all__ = ["Block", "SkipPlan", "blocks", "current", "skip"]
+__all__ = ["Block", "Policy", "SkipPlan", "blocks", "current", "policies", "skip"]
 
 
 def blocks(model: nn.Module) -> list[Block]:
@@ -21,8 +23,8 @@ def blocks(model: nn.Module) -> list[Block]:
     return family.blocks(model, host)
 
 
-def current(model: nn.Module) -> SkipPlan | None:
-    """Semantics: the plan that is set, or None."""
+def current(model: nn.Module) -> SkipPlan | Policy | None:
+    """Semantics: the plan or policy that is set, or None."""
     family, host = registry.family_of(model, "skip")
     return _plan(family.get_skip(host))
 
@@ -30,11 +32,11 @@ def current(model: nn.Module) -> SkipPlan | None:
 class _Setting:
     """What `skip` returns: the setting is made; leaving it as a context restores the one before."""
 
-    def __init__(self, family, host, before, plan: SkipPlan | None):
+    def __init__(self, family, host, before, plan: SkipPlan | Policy | None):
         self._family, self._host, self._before = family, host, before
         self.plan = plan
 
-    def __enter__(self) -> SkipPlan | None:
+    def __enter__(self) -> SkipPlan | Policy | None:
         return self.plan
 
     def __exit__(self, *_) -> None:
@@ -44,23 +46,28 @@ class _Setting:
         return f"fastpetl.skip({self.plan})"
 
 
-def skip(model: nn.Module, mask_or_plan, *, shortcut: str | None = None) -> _Setting:
-    """Semantics: from now on block i is not run where mask[i] is True; every sample gets the shortcut instead.
+def skip(model: nn.Module, mask_or_plan, *, shortcut: str | None = None, capacity: int | None = None) -> _Setting:
+    """Semantics: from now on sample b does not run block i where mask[b, i] is True, and gets the shortcut instead.
 
-    mask_or_plan: n_blocks bools (list, tuple, tensor or array; True = skip), a SkipPlan, or None for keeping all. As
-    a context manager it restores on leaving what was set before. shortcut: "adapter" (x + A_skip(x)) or "identity"
-    (x); not given, it is the plan's, else that of the attached configuration, else "identity", the only one a model
-    without shortcut adapters has. A forward reads the set once when it starts, so its backward, recomputed layers
-    included, is of the layers that ran.
+    mask_or_plan: bools, True = skip, for each sample of the next batches [batch, n_blocks], or for all samples
+    [n_blocks] (list, tuple, tensor or array); a SkipPlan; a policy of `fastpetl.skip.policies` or a function (x,
+    n_blocks) -> mask [batch, n_blocks], asked anew in each forward; or None for keeping all. As a context manager it
+    restores on leaving what was set before. shortcut: "adapter" (x + A_skip(x)) or "identity" (x); not given, it is the
+    plan's, else that of the attached configuration, else "identity", the only one a model without shortcut adapters
+    has. capacity: see `policies.Policy`. A forward reads the set once when it starts, so its backward, recomputed
+    layers included, is of the layers that ran. With a mask per sample all parameters of skippable blocks get gradients,
+    zeros if nobody ran them.
     """
     family, host = registry.family_of(model, "skip")
     check_shortcut(shortcut, "skip")
-    if mask_or_plan is None:
-        values = None
+    n_blocks = family.n_blocks(host)
+    values = _policy(mask_or_plan, n_blocks, capacity)
+    if values is not None or mask_or_plan is None:
+        pass
     elif isinstance(mask_or_plan, SkipPlan):
-        values, shortcut = mask_or_plan.mask(family.n_blocks(host)), shortcut or mask_or_plan.shortcut
+        values, shortcut = mask_or_plan.mask(n_blocks), shortcut or mask_or_plan.shortcut
     else:
-        values = mask_values(mask_or_plan, family.n_blocks(host), "skip")
+        values = mask_values(mask_or_plan, n_blocks, "skip")
     adapters = family.has_shortcut_adapters(host)
     if shortcut == "adapter" and not adapters:
         raise ValueError(
@@ -73,9 +80,25 @@ def skip(model: nn.Module, mask_or_plan, *, shortcut: str | None = None) -> _Set
     return _Setting(family, host, before, _plan((values, shortcut)))
 
 
-def _plan(setting) -> SkipPlan | None:
+def _policy(given, n_blocks: int, capacity: int | None) -> Policy | None:
+    """The policy that `given` is or stands for; None if it is not per sample."""
+    if isinstance(given, Policy):
+        if capacity is not None:
+            raise ValueError(f"skip: capacity is {capacity} beside a policy, expected it in the policy's own arguments")
+        return given
+    mask = sample_mask(given, n_blocks)
+    if mask is not None:
+        return policies.Masks(mask, capacity=capacity)
+    if callable(given):
+        return policies.Callback(given, capacity=capacity)
+    if capacity is not None:
+        raise ValueError(f"skip: capacity is {capacity} without masks per sample, expected a mask [batch, n_blocks]")
+    return None
+
+
+def _plan(setting) -> SkipPlan | Policy | None:
     values, shortcut = setting
-    return None if values is None else SkipPlan.from_mask(values, shortcut)
+    return values if values is None or isinstance(values, Policy) else SkipPlan.from_mask(values, shortcut)
 
 
 make_callable(__name__, skip)

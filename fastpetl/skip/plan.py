@@ -71,12 +71,11 @@ def check_shortcut(shortcut: str | None, function: str) -> None:
 def mask_values(mask, n_blocks: int | None, function: str) -> tuple[bool, ...]:
     """Semantics: a whole-batch mask as a tuple of n_blocks bools (None: any number); errors say what it is instead."""
     expected = "(n_blocks,)" if n_blocks is None else f"(n_blocks={n_blocks},)"
-    one = f"expected {expected}: one mask for the whole batch; masks per sample [batch, n_blocks] are not supported yet"
+    if n_blocks is not None:
+        expected += f" or (batch, n_blocks={n_blocks})"
     bools = "expected bools (True = skip); block indices go in a SkipPlan"
     shape = getattr(mask, "shape", None)
     if shape is not None:  # a tensor or an array
-        if len(shape) == 2:
-            raise ValueError(f"{function}: mask has shape {tuple(shape)}, {one}")
         if len(shape) != 1:
             raise ValueError(f"{function}: mask has shape {tuple(shape)}, expected {expected}")
         if str(mask.dtype).removeprefix("torch.") != "bool":
@@ -84,8 +83,6 @@ def mask_values(mask, n_blocks: int | None, function: str) -> tuple[bool, ...]:
         values = mask.tolist()
     elif isinstance(mask, (list, tuple)):
         values = list(mask)
-        if any(isinstance(value, (list, tuple)) for value in values):
-            raise ValueError(f"{function}: mask is nested, {one}")
         wrong = next((value for value in values if not isinstance(value, bool)), None)
         if wrong is not None:
             raise ValueError(f"{function}: mask has the element {wrong!r}, {bools}")
@@ -96,3 +93,22 @@ def mask_values(mask, n_blocks: int | None, function: str) -> tuple[bool, ...]:
     if n_blocks is not None and len(values) != n_blocks:
         raise ValueError(f"{function}: mask has shape ({len(values)},), expected {expected}")
     return tuple(values)
+
+
+def sample_mask(mask, n_blocks: int):
+    """Semantics: a mask per sample, [batch, n_blocks] bools (tensor, array, list of lists), as a tensor; None if it has
+    not two dimensions.
+    """
+    import torch
+
+    shape = getattr(mask, "shape", None)
+    if isinstance(mask, (list, tuple)) and mask and all(isinstance(row, (list, tuple)) for row in mask):
+        rows = [mask_values(row, n_blocks, "skip") for row in mask]
+        return torch.tensor(rows, dtype=torch.bool).view(len(rows), n_blocks)
+    if shape is None or len(shape) != 2:
+        return None
+    if shape[1] != n_blocks:
+        raise ValueError(f"skip: mask has shape {tuple(shape)}, expected (batch, n_blocks={n_blocks})")
+    if str(mask.dtype).removeprefix("torch.") != "bool":
+        raise ValueError(f"skip: mask has dtype {mask.dtype}, expected bools (True = skip)")
+    return torch.as_tensor(mask)

@@ -165,7 +165,11 @@ def test_blocks():
     ("mask", "error", "message"),
     [
         ([True] * 3, ValueError, r"skip: mask has shape \(3,\), expected \(n_blocks=4,\)"),
-        (torch.zeros(5, dtype=torch.bool), ValueError, r"skip: mask has shape \(5,\), expected \(n_blocks=4,\)"),
+        (
+            torch.zeros(5, dtype=torch.bool),
+            ValueError,
+            r"skip: mask has shape \(5,\), expected \(n_blocks=4,\) or \(batch, n_blocks=4\)",
+        ),
         (torch.zeros(4), ValueError, "skip: mask has dtype torch.float32, expected bools"),
         (torch.zeros(4, dtype=torch.long), ValueError, "skip: mask has dtype torch.int64, expected bools"),
         (
@@ -173,12 +177,10 @@ def test_blocks():
             ValueError,
             r"skip: mask has the element 0, expected bools \(True = skip\); block indices go in a",
         ),
-        (
-            torch.zeros(2, 4, dtype=torch.bool),
-            ValueError,
-            r"mask has shape \(2, 4\), .*per sample .* not supported yet",
-        ),
-        ([[True] * 4], ValueError, "skip: mask is nested, .* one mask for the whole batch"),
+        (torch.zeros(2, 3, dtype=torch.bool), ValueError, r"mask has shape \(2, 3\), expected \(batch, n_blocks=4\)"),
+        (torch.zeros(2, 4), ValueError, "skip: mask has dtype torch.float32, expected bools"),
+        ([[True] * 3], ValueError, r"skip: mask has shape \(3,\), expected \(n_blocks=4,\)"),
+        ([[0, 1, 0, 1]], ValueError, "skip: mask has the element 0, expected bools"),
         (torch.zeros(4, 1, 1, dtype=torch.bool), ValueError, r"skip: mask has shape \(4, 1, 1\)"),
         (torch.tensor(True), ValueError, r"skip: mask has shape \(\), expected"),
         ("1010", TypeError, "skip: mask is str, expected a SkipPlan or a bool mask of shape"),

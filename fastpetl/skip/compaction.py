@@ -1,0 +1,234 @@
+"""Running each block on the samples that keep it: who they are is found once per forward and shared by all blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+
+def samples(x: torch.Tensor, policy, n_blocks: int, training: bool) -> Samples | StaticSamples:
+    """Semantics: x [B, ...], split as `policy` says, ready for `run(0)`, `run(1)`, ... and `whole()`.
+
+    A block is called with the rows it runs on and a function that takes the same rows of another tensor. Eager code
+    sees how many samples keep each block and runs exactly these. Under torch.compile, or with policy.capacity, shapes
+    do not depend on the mask: see `StaticSamples`.
+    """
+    mask, scale = policy.masks(x, n_blocks, training)
+    copies = policy.copies
+    expected = (x.shape[0] * copies, n_blocks)
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != expected:
+        got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ValueError(
+            f"skip: mask is {got}, expected a bool tensor of shape (batch={expected[0]}, n_blocks={n_blocks})"
+        )
+    if torch.compiler.is_compiling() or policy.capacity is not None:
+        return StaticSamples(x, mask.to(x.device), scale, policy.capacity)
+    return Samples(x, mask, scale, copies)
+
+
+class Samples:
+    """Semantics: y[b] = shortcut(x)[b] if mask[b, i] else block(x)[b], for block i = 0, 1, ... in turn.
+
+    Between blocks the samples lie in two parts, kept and skipped; they move only where the kept set changes, and
+    not at all while all or none are kept. With `copies` the batch is repeated as late as the first block on which
+    the copies disagree. scale [B, n_blocks]: x + scale * (block(x) - x) in place of block(x). A block nobody runs, or a
+    shortcut nobody takes, gives its parameters zero gradients, not None (DDP waits for them).
+    """
+
+    def __init__(self, x, mask, scale=None, copies: int = 1):
+        self._parts, self._scale, self._copies = [x, x[:0]], scale, copies
+        self._steps, self._repeat_at, self._restore = _schedule(mask, copies, x.device)
+        self._batch, self._repeated, self._taken = mask.shape[0], copies == 1, {}
+
+    def run(self, i: int, block, shortcut, parameters: Iterable = (), shortcut_parameters: Iterable = ()) -> None:
+        """Semantics: block i. block(rows, take) and shortcut(rows) give the new rows; `parameters` are what each
+        trains.
+        """
+        if i == self._repeat_at:
+            self._repeat()
+        move, keep, _ = self._steps[i]
+        if move is not None:
+            rows = self._rows()
+            self._parts = [_select(rows, index) for index in move]
+        kept, skipped = self._parts
+        if len(kept):
+            scale = None if self._scale is None else _select(self._scale[:, i], keep)
+            kept = _scaled(kept, block(kept, lambda t: self.take(t, i)), scale)
+        else:
+            skipped = with_zero_gradients(skipped, parameters)
+        if len(skipped):
+            skipped = shortcut(skipped)
+        else:
+            kept = with_zero_gradients(kept, shortcut_parameters)
+        self._parts, self._at = [kept, skipped], i
+
+    def whole(self) -> torch.Tensor:
+        """Semantics: all samples in their order, [B * copies, ...]."""
+        rows = self._rows()
+        if all(map(len, self._parts)):
+            rows = _select(rows, self._restore[self._at])
+        return rows if self._repeated else _repeat(rows, self._copies)
+
+    def take(self, t: torch.Tensor | None, i: int) -> torch.Tensor | None:
+        """Semantics: the rows of t [B, ...] that belong to the samples keeping block i; once per set and tensor."""
+        if t is None or (t.shape[0] == 1 and self._batch > 1):
+            return t  # the same for every sample
+        keep = self._steps[i].keep
+        key = (id(t), keep if isinstance(keep, tuple) else id(keep))
+        if key not in self._taken:
+            rows = _repeat(t, self._copies) if self._repeated and self._copies > 1 else t
+            self._taken[key] = t, _mask_rows(rows, keep)
+        return self._taken[key][1]
+
+    def on(self, i: int, values: torch.Tensor) -> torch.Tensor:
+        """Semantics: values [kept, ...] of the samples that keep block i in the order of all, zeros for the others."""
+        keep, skip = self._steps[i][1:]
+        if not _length(skip):
+            return values if self._repeated else _repeat(values, self._copies)
+        return _select(torch.cat([values, values.new_zeros(_length(skip), *values.shape[1:])]), self._restore[i])
+
+    def _rows(self):
+        kept, skipped = self._parts
+        return torch.cat(self._parts) if len(kept) and len(skipped) else (kept if len(kept) else skipped)
+
+    def _repeat(self):
+        self._parts, self._repeated = [_repeat(part, self._copies) for part in self._parts], True
+
+
+class _Step(NamedTuple):
+    """Before a block: `move` is None, the parts stay, or where (kept, skipped) lie among the rows so far; `keep` and
+    `skip` are the samples. Each is (start, stop), consecutive ones, or an int64 tensor.
+    """
+
+    move: tuple | None
+    keep: tuple | torch.Tensor
+    skip: tuple | torch.Tensor
+
+
+def _schedule(mask, copies: int, device):
+    """(a _Step per block, the block before which the batch is repeated or None, where each sample lies after it).
+
+    All indices are views of one tensor: one transfer to the device.
+    """
+    columns = [tuple(column) for column in mask.t().tolist()]
+    uniform = [all(column) or not any(column) for column in columns]
+    repeat_at = next((i for i, same in enumerate(uniform) if not same), None) if copies > 1 else None
+    before = mask.shape[0] // copies if copies > 1 else mask.shape[0]
+    flat: list[int] = []
+
+    def index(values):
+        if values == list(range(values[0], values[0] + len(values))) if values else True:
+            return (values[0], values[-1] + 1) if values else (0, 0)
+        flat.extend(values)
+        return slice(len(flat) - len(values), len(flat))
+
+    steps, restore, previous, layout = [], [], None, list(range(before))
+    for i, column in enumerate(columns):
+        repeated = copies == 1 or (repeat_at is not None and i >= repeat_at)
+        n = len(column) if repeated else before
+        if i == repeat_at:
+            layout, previous = list(range(n)), None
+        if column == previous:
+            steps.append(_Step(None, *steps[-1][1:]))
+            restore.append(restore[-1])
+            continue
+        keep, skip = [b for b in range(n) if not column[b]], [b for b in range(n) if column[b]]
+        row = {sample: r for r, sample in enumerate(layout)}
+        move = tuple(index([row[sample] for sample in part]) for part in (keep, skip))
+        layout, previous = keep + skip, column
+        steps.append(_Step(move, index(keep), index(skip)))
+        restore.append(index(sorted(range(n), key=layout.__getitem__)))
+    tensor, views = torch.tensor(flat, dtype=torch.long).to(device), {}
+
+    def view(part):
+        if isinstance(part, slice):
+            part = views.setdefault(part.start, tensor[part])
+        return part
+
+    steps = [_Step(None if s.move is None else tuple(map(view, s.move)), view(s.keep), view(s.skip)) for s in steps]
+    return steps, repeat_at, [view(part) for part in restore]
+
+
+def _select(rows, index):
+    if isinstance(index, tuple):
+        start, stop = index
+        return rows if stop - start == rows.shape[0] else rows[start:stop]
+    return rows.index_select(0, index)
+
+
+def _length(index) -> int:
+    return index[1] - index[0] if isinstance(index, tuple) else index.shape[0]
+
+
+def _repeat(rows, copies):
+    return rows.repeat(copies, *(1,) * (rows.dim() - 1))
+
+
+def _mask_rows(t, index):
+    if t.dim() == 4 and t.stride(2) == 0 and t.shape[2] > 1:  # one row of a mask for all queries stays one row
+        return _select(t[:, :, :1], index).expand(-1, -1, t.shape[2], -1)
+    return _select(t, index)
+
+
+def _scaled(x, y, scale):
+    if scale is None:
+        return y
+    return x + scale.to(y.dtype).view(-1, *(1,) * (y.dim() - 1)) * (y - x)
+
+
+class StaticSamples:
+    """`Samples` whose shapes do not depend on the mask, for torch.compile and CUDA graphs.
+
+    Semantics: as `Samples`. Without capacity every block runs on all samples and the mask chooses between the results:
+    right, recompiled for no mask, but nothing is saved. With capacity each block runs on that many samples: those
+    that keep it, and only the first `capacity` of them in the order of the batch; the others get the shortcut.
+    """
+
+    def __init__(self, x, mask, scale, capacity: int | None):
+        self._x, self._mask, self._scale = x, mask, scale
+        self._capacity = None if capacity is None or capacity >= x.shape[0] else capacity
+
+    def run(self, i: int, block, shortcut, parameters: Iterable = (), shortcut_parameters: Iterable = ()) -> None:
+        x, skipped = self._x, self._mask[:, i]
+        scale = None if self._scale is None else self._scale[:, i]
+        if self._capacity is None:
+            y = _scaled(x, block(x, lambda t: t), scale)
+            self._x = torch.where(skipped.view(-1, *(1,) * (x.dim() - 1)), shortcut(x), y)
+            return
+        from fastpetl import ops
+
+        index = torch.argsort(skipped.long(), stable=True)[: self._capacity]
+        count = (~skipped).sum().clamp(max=self._capacity)
+        rows = ops.gather_rows(x, index, count)
+        y = block(rows, lambda t: t if t is None or t.shape[0] == 1 else _mask_rows(t, index))
+        y = _scaled(rows, y, None if scale is None else scale.index_select(0, index))
+        self._x = ops.scatter_rows(shortcut(x), y, index, count)
+
+    def on(self, i: int, values: torch.Tensor) -> torch.Tensor:
+        raise ValueError(
+            "skip: output_attentions of a block that part of the samples run, expected eager code and no capacity"
+        )
+
+    def whole(self) -> torch.Tensor:
+        return self._x
+
+
+class _ZeroGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.save_for_backward(*parameters)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)
+        return grad, *(torch.zeros_like(p) if needs else None for p, needs in wanted)
+
+
+def with_zero_gradients(x: torch.Tensor, parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """Semantics: x; in backward each of `parameters` that trains gets a gradient of zeros."""
+    trained = [p for p in parameters if p.requires_grad] if torch.is_grad_enabled() else []
+    return _ZeroGradients.apply(x, *trained) if trained else x
