@@ -30,7 +30,7 @@ _NAMES = {
 }
 # `skip` and `count` are modules that can be called: fastpetl.skip(model, mask), fastpetl.count(model, inputs)
 _MODULES = (
-    *("skip", "count", "ops", "nn", "patching", "methods", "models", "saving"),
+    *("skip", "das", "count", "ops", "nn", "patching", "methods", "models", "saving"),
     *("backends", "spec", "kernels", "info", "bench", "demo"),
 )
 

@@ -1,0 +1,416 @@
+"""fastpetl.das.search: the bandit as published, its checkpoints, and the loops it runs in."""
+
+import copy
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastpetl
+from fastpetl.das import Scorer, Search, SearchedPlan, gates, search
+from fastpetl.das.gates import Fill, draw, draw_distinct, update_gates
+from vilt_tiny import everything, inputs, one_thread, tiny_das, tiny_vilt  # noqa: F401
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+class Task:
+    """Two samples to learn by heart: micro-batches and validation batches that depend on their number alone."""
+
+    def __init__(self, patch=True):
+        self.model = tiny_das(patch=patch)
+        self.data = inputs()
+        self.target = torch.eye(5)[:2]
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=1e-2)
+        self.seen = []
+
+    def loss(self, outputs, target):
+        return torch.nn.functional.cross_entropy(outputs.logits, target)
+
+    def step(self, i):
+        self.model.train()
+        torch.manual_seed(i)
+        self.optimizer.zero_grad()
+        self.loss(self.model(**self.data), self.target).backward()
+        self.optimizer.step()
+        self.seen.append(fastpetl.skip.current(self.model))
+
+    def evaluate(self, r):
+        torch.manual_seed(1000 + r)
+        assert not torch.is_grad_enabled()
+        return self.loss(self.model(**self.data), self.target)
+
+    def batches(self, r):
+        torch.manual_seed(1000 + r)
+        return self.data, self.target
+
+    def search(self, evaluate=None, **kwargs):
+        options = {"steps": 12, "n_skip": 2, "turn": 3, "progress": False, **kwargs}
+        return search(self.model, self.step, evaluate or self.evaluate, **options)
+
+
+# --- gates ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["das_vilt", "das_meter"])
+def test_gates_move_as_in_the_original(kind):
+    trace = json.loads((GOLDEN / f"{kind}_search_trace.json").read_text())
+    moved = 0
+    for update in trace["updates"]:
+        before, want = (torch.tensor(update[f"gate_{when}"], dtype=torch.float64) for when in ("before", "after"))
+        got = update_gates(before, update["subsets"], torch.tensor(update["losses"]), trace["lr"])
+        assert (got - want).abs().max() <= 1e-12 * 1e-2  # the gates themselves are 1e-8
+        moved += (got - before).abs().max().item()
+    assert moved > 1e-8 and len(trace["updates"]) == 6
+
+
+def test_gates_by_hand():
+    before, losses = torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64), torch.tensor([0.1, 1.0, 2.0])
+    got = update_gates(before, [(0, 1), (1, 2), (0, 2)], losses, 0.5)
+    r = [math.exp(-loss) for loss in (0.1, 1.0, 2.0)]
+    a = [x - sum(r) / 3 for x in r]
+    slope = [1 / (1 + math.exp(-g)) * (1 - 1 / (1 + math.exp(-g))) for g in (0.0, 1.0, -1.0)]
+    want = [0.5 * (a[0] + a[2]) * slope[0], 1 + 0.5 * (a[0] + a[1]) * slope[1], -1 + 0.5 * (a[1] + a[2]) * slope[2]]
+    assert torch.allclose(got, torch.tensor(want, dtype=torch.float64), atol=1e-7)
+
+
+def test_draws_follow_the_gates():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.0, 2.0, -2.0, 0.0], dtype=torch.float64)
+    counts = torch.zeros(4)
+    for _ in range(2000):
+        counts[list(draw(logits, Fill(4, 1), generator))] += 1
+    want = torch.sigmoid(logits) / torch.sigmoid(logits).sum()
+    assert torch.allclose(counts / 2000, want.float(), atol=0.03)
+    sets = draw_distinct(logits, Fill(4, 2), 6, generator)
+    assert len(set(sets)) == 6 and all(list(s) == sorted(s) and len(set(s)) == 2 for s in sets)
+    certain = torch.tensor([90.0, 90.0, -900.0, -900.0], dtype=torch.float64)  # only one set is ever drawn by these
+    assert len(set(draw_distinct(certain, Fill(4, 2), 3, generator))) == 3
+    with pytest.raises(ValueError, match="search: candidates is 5, but only 4 different sets of blocks were found"):
+        draw_distinct(logits, Fill(4, None, 1, (1, 1, 1, 1)), 5, generator)
+
+
+def test_the_best_set():
+    logits = torch.tensor([0.3, -0.1, 0.3, 0.9], dtype=torch.float64)
+    assert Fill(4, 2).best(logits) == (2, 3)  # of equals the later, as torch.sort leaves them
+    assert Fill(4, 3).best(logits) == (0, 2, 3)
+    saved = (10, 50, 10, 10)
+    assert Fill(4, None, 15, saved).best(logits) == (2, 3)
+    assert Fill(4, None, 45, saved).best(torch.tensor([0.0, 0.5, 0.0, 0.0], dtype=torch.float64)) == (1,)
+    assert Fill(4, None, 80, saved).best(logits) == (0, 1, 2, 3)
+    assert 2 not in Fill(3, None, 5, (5, 5, 0)).best(torch.tensor([0.0, 0.0, 9.0], dtype=torch.float64))
+    # what turned out not to be needed is given back
+    assert Fill(3, None, 50, (10, 50, 10)).best(torch.tensor([0.9, 0.8, 0.0], dtype=torch.float64)) == (1,)
+
+
+# --- the search -------------------------------------------------------------------------------------------------------
+
+
+def test_the_algorithm():
+    task, made = Task(patch=False), []
+    model = task.model
+    original = gates.update_gates
+
+    def spy(before, sets, losses, lr):
+        made.append((before.clone(), sets, losses.clone(), lr))
+        return original(before, sets, losses, lr)
+
+    fastpetl.das.searching.update_gates, kept = spy, fastpetl.das.searching.update_gates
+    before = everything(model)
+    try:
+        plan = task.search(steps=12, warmup_steps=4)
+    finally:
+        fastpetl.das.searching.update_gates = kept
+    assert [r["step"] for r in plan.rounds] == [5, 8, 11]  # the count runs through the warm-up; then every third
+    assert all(len(p.blocks) == 2 for p in task.seen) and len({p.blocks for p in task.seen}) > 2
+    assert len(made) == 3 and all(len(set(sets)) == 3 and lr == 1.0 for _, sets, _, lr in made)
+    assert plan.blocks == tuple(sorted(torch.tensor(plan.gates).argsort(stable=True)[-2:].tolist()))
+    assert plan.names == tuple(f"vilt.encoder.layer.{i}" for i in plan.blocks)
+    saved = [b.macs - b.shortcut_macs for b in fastpetl.blocks(model)]
+    assert plan.macs_saved == sum(saved[i] for i in plan.blocks)
+    assert plan.versions["torch"] == torch.__version__ and plan.seed == 0
+    assert fastpetl.skip.current(model) is None and everything(model) == before and model.training
+    last = Task()
+    for i in range(11):  # the losses are those of the sets, one by one, in eval mode
+        fastpetl.skip(last.model, task.seen[i])
+        last.step(i)
+    last.model.eval()
+    for chosen, loss in zip(plan.rounds[2]["sets"], plan.rounds[2]["losses"], strict=True):
+        with fastpetl.skip(last.model, fastpetl.SkipPlan(tuple(chosen))), torch.no_grad():
+            assert abs(last.evaluate(2).item() - loss) <= 1e-5 * loss
+
+
+def test_one_seed_one_search():
+    a, b, c = (Task().search(seed=seed) for seed in (1, 1, 2))
+    assert a == b and a.gates != c.gates
+
+
+def test_candidates_in_one_pass_are_the_candidates_one_by_one():
+    one, other = Task(), Task()
+    a, b = one.search(), other.search(Scorer(other.batches, other.loss))
+    assert [r["sets"] for r in a.rounds] == [r["sets"] for r in b.rounds]
+    for x, y in zip(a.rounds, b.rounds, strict=True):
+        assert torch.allclose(torch.tensor(x["losses"]), torch.tensor(y["losses"]), rtol=1e-5)
+    plain = Task(patch=False)
+    assert [r["sets"] for r in plain.search().rounds] == [r["sets"] for r in a.rounds]
+
+
+def test_training_with_a_set_per_sample():
+    task = Task()
+    plan = task.search(per_sample=True)
+    assert all(isinstance(p, fastpetl.skip.Policy) for p in task.seen) and len(plan.rounds) > 1
+    masks = Search(task.model, task.evaluate, n_skip=2, per_sample=True)
+    masks.begin()
+    mask = fastpetl.skip.current(task.model).masks(torch.zeros(50, 3, 32), 4, True)[0]
+    assert (mask.sum(1) == 2).all() and len(set(map(tuple, mask.tolist()))) > 3
+    masks.finish()
+    assert fastpetl.skip.current(task.model) is None
+
+
+def test_a_budget_of_macs():
+    task = Task()
+    saved = [b.macs - b.shortcut_macs for b in fastpetl.blocks(task.model)]
+    plan = task.search(n_skip=None, budget_macs=1.5 * saved[0])
+    assert plan.macs_saved >= 1.5 * saved[0] and len(plan.blocks) == 2
+    assert all(len(chosen) == 2 for r in plan.rounds for chosen in r["sets"])
+
+
+def test_quirks():
+    task, seen, modes = Task(), [], []
+
+    def evaluate(r):
+        seen.append(r)
+        modes.append(task.model.training)
+        return task.evaluate(r)
+
+    task.search(evaluate)
+    assert seen == [0, 0, 0, 1, 1, 1, 2, 2, 2] and not any(modes)
+    seen.clear(), modes.clear()
+    task.search(evaluate, quirks=("fixed_batch", "train_mode"))
+    assert seen == [0] * 9 and all(modes)
+
+
+def test_rewards_leave_the_run_as_it_was():
+    """Scoring draws nothing from the run's generator and moves no weight: only the gates know."""
+    with_rounds, without = Task(), Task()
+    with_rounds.search()
+    for i, plan in enumerate(with_rounds.seen):
+        fastpetl.skip(without.model, plan)
+        without.step(i)
+    for p, q in zip(with_rounds.model.parameters(), without.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("killed_at", [0, 4, 7, 11])
+def test_resumed_after_a_kill(killed_at, tmp_path):
+    whole, file = Task(), tmp_path / "search.pt"
+    want = whole.search()
+    first = Task()
+    step = first.step
+
+    def dies(i):
+        if i == killed_at:
+            raise KeyboardInterrupt
+        step(i)
+
+    first.step = dies
+    options = {"checkpoint": file, "checkpoint_every": 3}
+    with pytest.raises(KeyboardInterrupt):
+        first.search(state={"optimizer": first.optimizer}, **options)
+    assert fastpetl.skip.current(first.model) is None
+    second = Task()
+    got = second.search(state={"optimizer": second.optimizer}, **options)
+    assert got == want and len(second.seen) == 12 - killed_at // 3 * 3
+    third = Task()
+    assert third.search(state={"optimizer": third.optimizer}, **options) == want and not third.seen
+    for p, q in zip(third.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    with pytest.raises(ValueError, match="search: the checkpoint's n_skip is 2, expected 1"):
+        third.search(n_skip=1, **options)
+    with pytest.raises(
+        ValueError, match="search: .* has no 'scheduler', expected a checkpoint of a search with the same"
+    ):
+        third.search(state={"scheduler": third.optimizer}, **options)
+    third.model.classifier.requires_grad_(False)
+    with pytest.raises(ValueError, match="search: the checkpoint and the model differ in classifier"):
+        third.search(**options)
+
+
+def test_the_plan_is_a_file_and_a_picture(tmp_path):
+    plan = Task().search()
+    loaded = SearchedPlan.load(plan.save(tmp_path / "plan.json"))
+    assert loaded == plan and isinstance(loaded, fastpetl.SkipPlan)
+    assert (plan.plot(tmp_path / "plan.png")).read_bytes()[:4] == b"\x89PNG"
+    assert SearchedPlan((1,), gates=(0.0, 0.0)).plot(tmp_path / "empty.png").is_file()
+    model = tiny_das()
+    fastpetl.skip(model, loaded)
+    assert fastpetl.skip.current(model).blocks == plan.blocks
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="SearchedPlan.load: .*other.json was not written by SearchedPlan.save"):
+        SearchedPlan.load(tmp_path / "other.json")
+
+
+def test_without_adapters():
+    model = tiny_vilt()
+    task = Task()
+    task.model = model
+    task.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    assert len(task.search().blocks) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"n_skip": 0}, ValueError, "search: n_skip is 0, expected an integer from 1 to 4, the number of blocks"),
+        ({"n_skip": 5}, ValueError, "search: n_skip is 5, expected an integer from 1 to 4"),
+        ({"n_skip": True}, ValueError, "search: n_skip is True"),
+        ({"n_skip": 4}, ValueError, "search: candidates is 3, expected at most 1: so many sets of 4 of 4 blocks"),
+        ({"n_skip": 1, "candidates": 5}, ValueError, "search: candidates is 5, expected at most 4"),
+        ({"n_skip": None}, ValueError, "search: n_skip is None and budget_macs None, expected one of them"),
+        ({"budget_macs": 9}, ValueError, "search: n_skip is 2 and budget_macs 9, expected one of them"),
+        ({"n_skip": None, "budget_macs": 1e12}, ValueError, "search: budget_macs is 1000000000000.0, expected more"),
+        ({"n_skip": None, "budget_macs": 0}, ValueError, "search: budget_macs is 0, expected more than 0 and at most"),
+        ({"steps": 0}, ValueError, "search: steps is 0, expected an integer >= 1"),
+        ({"turn": 0}, ValueError, "search: turn is 0, expected an integer >= 1"),
+        ({"candidates": 1}, ValueError, "search: candidates is 1, expected an integer >= 2"),
+        ({"warmup_steps": -1}, ValueError, "search: warmup_steps is -1, expected an integer >= 0"),
+        ({"quirks": ("swap",)}, ValueError, "search: quirks has 'swap', expected some of fixed_batch, train_mode"),
+        ({"evaluate": 3}, TypeError, r"search: evaluate is int, expected a Scorer or a function \(round\)"),
+        ({"evaluate": lambda r: float("nan")}, ValueError, "search: evaluate gave a loss of nan with blocks"),
+        ({"evaluate": lambda r: float("inf")}, ValueError, "search: evaluate gave a loss of inf with blocks"),
+        ({"evaluate": lambda r: torch.zeros(2)}, ValueError, r"search: evaluate gave a loss of shape \(2,\), expected"),
+    ],
+)
+def test_impossible_requests(options, error, message):
+    task = Task()
+    with pytest.raises(error, match=message):
+        task.search(**options)
+    assert fastpetl.skip.current(task.model) is None
+
+
+def test_wrong_scorers_and_callbacks():
+    with pytest.raises(TypeError, match="Scorer: loss is int, expected a function"):
+        Scorer(lambda r: None, 3)
+    for make in (fastpetl.das.trainer_callback, fastpetl.das.lightning_callback):
+        with pytest.raises(TypeError, match="callback: search is int, expected a fastpetl.das.Search"):
+            make(3)
+
+
+def test_the_progress_bar_names_the_best(capfd):
+    Task().search(progress=True)
+    err = capfd.readouterr().err
+    assert "search: 100%" in err and "12/12" in err and "skip " in err
+
+
+# --- loops that exist -------------------------------------------------------------------------------------------------
+
+
+class Items(torch.utils.data.Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        data = {name: value[i % 2] for name, value in inputs().items()}
+        return {**data, "labels": torch.eye(5)[i % 5]}
+
+
+def test_inside_the_trainer_of_transformers(tmp_path):
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
+    from transformers import Trainer, TrainingArguments
+
+    task = Task()
+    seen = []
+    task.model.vilt.encoder.register_forward_pre_hook(
+        lambda m, a: seen.append(fastpetl.skip.current(task.model).blocks)
+    )
+    found = Search(task.model, task.evaluate, n_skip=2, turn=2, warmup_steps=2)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    Trainer(task.model, arguments, train_dataset=Items(), callbacks=[fastpetl.das.trainer_callback(found)]).train()
+    assert found.step == 8 and [r["step"] for r in found.rounds] == [3, 5, 7]  # micro-batches, not optimizer steps
+    assert len(seen) == 8 + 3 * 3 and len(set(seen)) > 1
+    assert len(found.plan().blocks) == 2 and fastpetl.skip.current(task.model) is None
+
+
+def test_inside_lightning(tmp_path):
+    lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+
+    class Module(lightning.LightningModule):
+        def __init__(self, task):
+            super().__init__()
+            self.model, self.task = task.model, task
+
+        def training_step(self, batch, index):
+            return self.model(**batch).loss
+
+        def configure_optimizers(self):
+            return self.task.optimizer
+
+    task = Task()
+    found = Search(task.model, task.evaluate, n_skip=2, turn=2, warmup_steps=2)
+    trainer = lightning.Trainer(
+        max_steps=6,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        callbacks=[fastpetl.das.lightning_callback(found)],
+    )
+    trainer.fit(Module(task), torch.utils.data.DataLoader(Items(), batch_size=2))
+    assert found.step == 6 and [r["step"] for r in found.rounds] == [3, 5]
+    assert fastpetl.skip.current(task.model) is None
+    again = Search(task.model, task.evaluate, n_skip=2, turn=2, warmup_steps=2)
+    callback = fastpetl.das.lightning_callback(again)
+    callback.load_state_dict(fastpetl.das.lightning_callback(found).state_dict())
+    assert again.plan() == found.plan()
+
+
+def _rank(rank, folder):
+    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    task = Task()
+    ddp = torch.nn.parallel.DistributedDataParallel(task.model)  # find_unused_parameters=False
+    task.data = {name: value[rank : rank + 1] for name, value in task.data.items()}
+    task.target = task.target[rank : rank + 1]
+
+    def step(i):
+        torch.manual_seed(i)
+        task.optimizer.zero_grad()
+        task.loss(ddp(**task.data), task.target).backward()
+        task.optimizer.step()
+
+    plan = search(task.model, step, task.evaluate, steps=7, n_skip=2, turn=3, warmup_steps=0, progress=False)
+    Path(folder, f"{rank}.json").write_text(json.dumps([plan.gates, plan.rounds, plan.blocks]))
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_agree(tmp_path):
+    torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    a, b = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert a == b and any(a[0]) and len(a[1]) == 2
+
+
+def test_search_state_is_its_own():
+    task = Task()
+    made = Search(task.model, task.evaluate, n_skip=2, turn=1)
+    state = copy.deepcopy(made.state_dict())
+    made.begin(), made.end(), made.finish()
+    again = Search(task.model, task.evaluate, n_skip=2, turn=1)
+    again.load_state_dict(state)
+    again.begin(), again.end(), again.finish()
+    assert again.plan() == made.plan()
