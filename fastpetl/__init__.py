@@ -24,6 +24,7 @@ _NAMES = {
     "blocks": "fastpetl.skip",
     "Block": "fastpetl.skip",
     "SkipPlan": "fastpetl.skip",
+    "prune": "fastpetl.skip",
     "Count": "fastpetl.count",
     "save": "fastpetl.saving",
     "load": "fastpetl.saving",

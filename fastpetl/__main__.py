@@ -1,4 +1,4 @@
-"""The command line: python -m fastpetl info | demo | count | bench."""
+"""The command line: python -m fastpetl info | demo | count | search | bench."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ COMMANDS = {
         "train and evaluate a small ViLT on easy-VQA: full fine-tuning, DAS, DAS patched, DAS patched with skipping",
     ),
     "count": ("fastpetl.count", "parameters and MACs of a model"),
+    "search": ("fastpetl.demo.search", "DAS's search on easy-VQA: which blocks of the demo's ViLT can be skipped"),
     "bench": ("fastpetl.bench", "patched against unpatched, interleaved in one process"),
 }
 

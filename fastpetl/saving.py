@@ -43,6 +43,8 @@ def save(model: nn.Module, directory) -> Path:
         "config": state.config.to_dict(),
         "skip": {"blocks": list(plan.blocks), "shortcut": plan.shortcut} if isinstance(plan, SkipPlan) else None,
     }
+    if _skip.pruned(model):
+        content["pruned"] = True
     save_file(weights, directory / WEIGHTS)
     (directory / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return directory
@@ -73,24 +75,28 @@ def load(model: nn.Module, directory, *, patch: bool = True) -> nn.Module:
     if state is None:
         attach(model, config, patch=patch)
     try:
-        _fill(model, config, weights)
+        _check(model, config, weights, pruned=content.get("pruned", False))
     except BaseException:
         if state is None:
             detach(model)
         raise
     _skip(model, plan or None)
+    if content.get("pruned") and not _skip.pruned(model):
+        _skip.prune(model)
+    with torch.no_grad():
+        parameters = dict(model.named_parameters())
+        for name, value in weights.items():
+            parameters[name].copy_(value)
     return model
 
 
-def _fill(model: nn.Module, config, weights: dict) -> None:
+def _check(model: nn.Module, config, weights: dict, pruned: bool) -> None:
     parameters = {name: p for name, p in model.named_parameters() if config.trainable(name)}
-    for name in sorted(parameters.keys() ^ weights.keys()):
+    # A pruned model's files leave out what it dropped.
+    for name in sorted(weights.keys() - parameters.keys() if pruned else parameters.keys() ^ weights.keys()):
         side = "the model does not have" if name in weights else "the files do not have"
         raise ValueError(f"load: {side} {name}, expected the backbone the weights were trained on")
     for name, value in weights.items():
         if parameters[name].shape != value.shape:
             got, expected = tuple(value.shape), tuple(parameters[name].shape)
             raise ValueError(f"load: {name} has shape {got}, expected {expected} to match the model")
-    with torch.no_grad():
-        for name, value in weights.items():
-            parameters[name].copy_(value)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastpetl.bench
-from fastpetl.bench import cases, machine, models, ops, plan, report, timing, variant, workloads
+from fastpetl.bench import cases, machine, models, ops, plan, report, skip, timing, variant, workloads
 
 ROW = {"model", "dtype", "mode", "variant", "status", "ms", "spread", "samples", "thrown_away", "loaded"}
 QUIET = {"rounds": 3, "patience": 0.0}
@@ -194,3 +194,26 @@ def test_ratios_are_of_medians():
 def test_environment_pins_and_caps():
     env = machine.environment(cap_onednn=True)
     assert env["OMP_NUM_THREADS"] == "2" and env["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE"
+
+
+def test_skip_writes_what_became_of_the_macs(tmp_path, capsys):
+    file = tmp_path / "skip.json"
+    assert fastpetl.bench.main(["skip", "--tiny", "--quick", "--only", "inference,scoring", "--json", str(file)]) == 0
+    found, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert [(r["mode"], r["variant"]) for r in found["rows"]] == [
+        *[("inference", name) for name in ("nothing skipped", "static", "masks", "keep-all masks")],
+        *[("scoring", name) for name in ("three passes", "one pass")],
+    ]
+    assert all(set(row) == ROW for row in found["rows"])
+    assert [r["setting"] for r in found["ratios"]] == ["static", "masks", "keep-all masks", "one pass"]
+    assert "of the MACs" in printed and "one pass over three" in printed
+    assert skip.Plan(only=("train/static",)).settings("train") == ["nothing skipped", "static"]
+    assert skip.Plan(only=("train/static",)).settings("inference") == skip.Plan(only=("train",)).passes() == []
+
+
+def test_skip_refuses_one_pass_that_is_not_three(monkeypatch):
+    monkeypatch.setattr(
+        fastpetl.skip.policies.Candidates, "masks", lambda self, x, n, t: (torch.zeros(6, n).bool(), None)
+    )
+    with pytest.raises(timing.Refused, match="bench skip: one pass over the candidates differs from three by"):
+        skip.measure(skip.Plan(tiny=True, only=("scoring",), rounds=1, patience=0.0))

@@ -42,7 +42,7 @@ def test_callable_modules_are_modules_too():
     from fastpetl.skip.plan import SkipPlan
 
     assert fastpetl.skip.SkipPlan is SkipPlan is fastpetl.SkipPlan
-    assert list(inspect.signature(fastpetl.skip).parameters) == ["model", "mask_or_plan", "shortcut"]
+    assert list(inspect.signature(fastpetl.skip).parameters) == ["model", "mask_or_plan", "shortcut", "capacity"]
     assert list(inspect.signature(fastpetl.count).parameters) == ["model", "inputs"]
 
 
@@ -58,7 +58,7 @@ import fastpetl
 assert "torch" not in sys.modules
 import torch
 torch.cuda.init = torch.cuda._lazy_init = lambda *a: (_ for _ in ()).throw(AssertionError("a device was queried"))
-for name in ("patch", "unpatch", "report", "attach", "detach", "DASConfig", "blocks", "skip", "count", "save", "load"):
+for name in "patch unpatch report attach detach DASConfig blocks skip prune das count save load".split():
     getattr(fastpetl, name)
 model = torch.nn.Sequential(fastpetl.nn.BottleneckAdapter(8, 4))
 want = model(torch.ones(2, 8))
@@ -82,7 +82,7 @@ def test_command_line(capsys):
     assert main(["--version"]) == 0
     assert fastpetl.__version__ in capsys.readouterr().out
     assert main(["fly"]) == 2
-    assert "unknown command 'fly', expected one of info, demo, count, bench" in capsys.readouterr().err
+    assert "unknown command 'fly', expected one of info, demo, count, search, bench" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["count", "--help"])
     assert stop.value.code == 0

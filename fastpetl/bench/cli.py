@@ -17,13 +17,13 @@ from . import plan
 from .machine import cpu_flags, environment
 
 SCHEMA = 1
-ROUNDS = {"vilt": (9, 3), "ops": (15, 5)}  # samples per variant: usually, and with --quick
+ROUNDS = {"vilt": (9, 3), "ops": (15, 5), "skip": (9, 3)}  # samples per variant: usually, and with --quick
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     only = tuple(part for part in args.only.split(",") if part)
-    jobs = [{"kind": "time", "dtype": "all"}]
+    jobs = [{"kind": "time", "dtype": "fp32" if args.what == "skip" else "all"}]
     if args.what in plan.MODELS:
         jobs = plan.model_jobs(plan.MODELS[args.what], only, args.losses)
     if not jobs:
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         choices=sorted(ROUNDS),
-        help="vilt: ViLT with DAS adapters; ops: the kernel family, op by op",
+        help="vilt: ViLT with DAS adapters; ops: the kernel family, op by op; skip: MACs skipped against time saved",
     )
     parser.add_argument("--quick", action="store_true", help="few samples")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
@@ -68,7 +68,8 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         default="",
         metavar="PART[,PART]",
-        help="run what contains a PART: vilt fp32/train/patched or bf16/memory/eager, ops fp32/adapter/r96/forward/cpp",
+        help="run what contains a PART: vilt fp32/train/patched or bf16/memory/eager, "
+        "ops fp32/adapter/r96/forward/cpp, skip train/static or scoring",
     )
     parser.add_argument("--losses", action="store_true", help="vilt: compare 50 training losses as well (minutes)")
     parser.add_argument("--default-malloc", action="store_true", help="leave glibc's malloc as it is")
@@ -111,4 +112,5 @@ def _show(result: dict) -> None:
         text = report.machine(facts)
         if text not in seen:
             seen.append(text)
-    print("\n\n".join([*seen, getattr(report, "ops" if result["bench"] == "ops" else "models")(result)]))
+    show = {"ops": report.ops, "skip": report.skip}.get(result["bench"], report.models)
+    print("\n\n".join([*seen, show(result)]))

@@ -119,6 +119,19 @@ def _chosen(result: dict) -> list[str]:
     return [table(["backends measured by patch: shape class", "chosen", "ms"], lines)] if lines else []
 
 
+def skip(result: dict) -> str:
+    """Semantics: times of `bench skip`, and what became of the MACs saved."""
+    rows = [
+        [r["model"], r["mode"], r["variant"], milliseconds(r), f"{100 * r['spread']:.0f} %"] for r in result["rows"]
+    ]
+    parts = [table(["model", "mode", "skipped", "ms", "spread"], rows)]
+    lines = []
+    for r in result["ratios"]:
+        met = "-" if r["bar"] is None else f"{r['bar']:g}: {'met' if r['met'] else 'MISSED'}"
+        lines.append([r["model"], r["mode"], r["setting"], f"{r['value']:.3f}", met, r["what"]])
+    return "\n\n".join([*parts, table(["model", "mode", "setting", "value", "bar", "what"], lines)] if lines else parts)
+
+
 def ops(result: dict) -> str:
     """Semantics: times, rates and ratios of `bench ops`."""
     found = {}

@@ -42,27 +42,30 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(job: dict):
-    from . import cases, models, ops, workloads
+    from . import cases, models, ops, skip, workloads
 
     common = {"rounds": job["rounds"], "only": job["only"], "patience": job["patience"]}
     if job["what"] == "ops":
         return ops.Plan(cases.TINY if job["tiny"] else cases.Size(), **common)
+    if job["what"] == "skip":
+        return skip.Plan(tiny=job["tiny"], **common)
     return models.Plan(workloads.WORKLOADS[job["model"]], job["tiny"], **common)
 
 
 def _steps(job: dict) -> int:
-    from . import models, ops
+    from . import models, ops, skip
 
     if job["kind"] == "memory":
         return 1
     if job["kind"] == "losses":
         return 2 * LOSS_STEPS
     plan = _plan(job)
-    return 1 + (ops.steps(plan) if job["what"] == "ops" else models.steps(plan, job["dtype"]))
+    own = {"ops": ops.steps, "skip": skip.steps}.get(job["what"])
+    return 1 + (models.steps(plan, job["dtype"]) if own is None else own(plan))
 
 
 def _measure(job: dict, progress) -> dict:
-    from . import machine, models, ops, variant
+    from . import machine, models, ops, skip, variant
 
     plan = _plan(job)
     if job["kind"] == "memory":
@@ -76,6 +79,8 @@ def _measure(job: dict, progress) -> dict:
     if job["what"] == "ops":
         found = ops.measure(plan, progress)
         found["ratios"] = ops.ratios(found["rows"])
+    elif job["what"] == "skip":
+        found = skip.measure(plan, progress)
     else:
         found = models.measure(plan, job["dtype"], progress)
         found["ratios"] = models.ratios(found["rows"])
@@ -87,7 +92,7 @@ def _measure(job: dict, progress) -> dict:
 def _config(job: dict, plan) -> dict:
     import dataclasses
 
-    if job["what"] == "ops":
+    if job["what"] in ("ops", "skip"):
         return dataclasses.asdict(plan)
     return {"model": plan.work.name, "workload": plan.work.title, "tiny": plan.tiny, "rounds": plan.rounds}
 

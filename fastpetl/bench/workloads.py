@@ -66,9 +66,9 @@ def _vilt(tiny: bool) -> nn.Module:
     return spread(model)
 
 
-def _vilt_batch(model, tiny: bool, dtype: torch.dtype, seed: int = 1) -> dict:
+def _vilt_batch(model, tiny: bool, dtype: torch.dtype, seed: int = 1, batch: int = 8) -> dict:
     """ViT-B/32: 40 text tokens + 12 x 20 patches + 1 = 281 tokens."""
-    batch, text, image = (2, 8, (32, 48)) if tiny else (8, 40, (384, 640))
+    batch, text, image = (2, 8, (32, 48)) if tiny else (batch, 40, (384, 640))
     generator = torch.Generator().manual_seed(seed)
     return {
         "input_ids": torch.randint(0, model.config.vocab_size, (batch, text), generator=generator),

@@ -193,8 +193,8 @@ def search(
     progress: bool = True,
     **options,
 ) -> SearchedPlan:
-    """Semantics: train for `steps` micro-batches, each with a set of blocks skipped that sigmoid(gates) draw; every `turn`
-    of them the gates move by what `candidates` sets earn on validation data. Gives the plan of the highest gates.
+    """Semantics: train for `steps` micro-batches, each with a set of blocks skipped that sigmoid(gates) draw; every
+    `turn` of them the gates move by what `candidates` sets earn on validation data. Gives the plan of the best gates.
 
     step(i): micro-batch i, 0 <= i < steps: forward, backward, optimizer, in train mode. evaluate(r): the loss of
     validation batch r as the model stands, r counts the rounds; or a `Scorer`, which takes all candidates in one pass.

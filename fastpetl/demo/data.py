@@ -7,6 +7,7 @@ circle?", 11 answers) are the downstream task of the demo.  Nothing here touches
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import os
 from collections.abc import Iterable
@@ -146,6 +147,14 @@ class Tensors:
 
     def __len__(self) -> int:
         return len(self.questions)
+
+    def part(self, start: int, stop: int) -> Tensors:
+        """Questions start..stop-1; the images are shared."""
+        part = copy.copy(self)
+        part.questions = self.questions[start:stop]
+        for name in ("input_ids", "attention_mask", "image", "answers"):
+            setattr(part, name, getattr(self, name)[start:stop])
+        return part
 
     def batch(self, indices: torch.Tensor) -> dict[str, torch.Tensor]:
         pixels = self.pixel_values[self.image[indices]]

@@ -106,6 +106,9 @@ class Seq2SeqFamily:
     def get_skip(self, host):
         return None, "identity"
 
+    def is_pruned(self, host) -> bool:
+        return False
+
     def set_skip(self, host, values, shortcut) -> None:
         if values is not None:
             self.n_blocks(host)

@@ -128,7 +128,7 @@ class ViltFamily:
             Block(
                 index=i,
                 name=f"{prefix}.layer.{i}".lstrip("."),
-                macs=_linear_macs(layer, tokens) + 2 * tokens**2 * layer.attention.attention.all_head_size,
+                macs=_linear_macs(layer, tokens) + _attention_macs(layer, tokens),
                 kind="multimodal",
                 shortcut_macs=_linear_macs(skipped, tokens),
             )
@@ -173,6 +173,8 @@ class ViltFamily:
         self.set_skip(encoder, *self.get_skip(encoder))
 
     def detach_das(self, encoder) -> None:
+        if self.is_pruned(encoder):
+            raise ValueError("detach: the model is pruned, expected one that still has all its blocks")
         layer_class = sys.modules[_HF].ViltLayer
         for layer in encoder.layer:
             for name in ("adapter0", "adapter1"):
@@ -211,6 +213,21 @@ class ViltFamily:
             encoder.__dict__.pop("_fastpetl_skip", None)
         else:
             encoder.__dict__["_fastpetl_skip"] = (values, shortcut)
+
+    def is_pruned(self, encoder) -> bool:
+        return any(isinstance(layer, nn.Identity) for layer in encoder.layer)
+
+    def prune(self, encoder) -> None:
+        """Semantics: an Identity stands where a block, or a kept block's shortcut adapter, was."""
+        values, shortcut = self.get_skip(encoder)
+        for i, skipped in enumerate(values):
+            if skipped:
+                encoder.layer[i] = nn.Identity()
+            elif self.has_shortcut_adapters(encoder):
+                encoder.adapter_list[i] = nn.Identity()
+        if shortcut == "identity" and self.has_shortcut_adapters(encoder):
+            for i in range(len(values)):
+                encoder.adapter_list[i] = nn.Identity()
 
     # --- the original's checkpoints
 
@@ -266,6 +283,10 @@ def _longest(config) -> int:
     if config.max_image_length > 0:
         patches = min(patches, config.max_image_length)
     return config.max_position_embeddings + patches + 1
+
+
+def _attention_macs(layer, tokens: int) -> int:
+    return 0 if isinstance(layer, nn.Identity) else 2 * tokens**2 * layer.attention.attention.all_head_size
 
 
 def _linear_macs(module: nn.Module | None, tokens: int) -> int:

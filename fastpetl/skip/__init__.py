@@ -12,7 +12,7 @@ from fastpetl.skip import policies
 from fastpetl.skip.plan import Block, SkipPlan, check_shortcut, mask_values, sample_mask
 from fastpetl.skip.policies import Policy
 
-__all__ = ["Block", "Policy", "SkipPlan", "blocks", "current", "policies", "skip"]
+__all__ = ["Block", "Policy", "SkipPlan", "blocks", "current", "policies", "prune", "pruned", "skip"]
 
 
 def blocks(model: nn.Module) -> list[Block]:
@@ -76,8 +76,38 @@ def skip(model: nn.Module, mask_or_plan, *, shortcut: str | None = None, capacit
         )
     shortcut = shortcut or ("adapter" if adapters else "identity")
     before = family.get_skip(host)
+    if family.is_pruned(host) and (values, shortcut) != before:
+        raise ValueError(f"skip: the model is pruned: expected the plan it was pruned by, {_plan(before)}")
     family.set_skip(host, values, shortcut)
     return _Setting(family, host, before, _plan((values, shortcut)))
+
+
+def pruned(model: nn.Module) -> bool:
+    """Semantics: has `prune` dropped blocks of the model?"""
+    family, host = registry.family_of(model, "pruned")
+    return family.is_pruned(host)
+
+
+def prune(model: nn.Module, plan=None, *, shortcut: str | None = None) -> nn.Module:
+    """Semantics: skip `plan` for good: what it never runs is dropped, the skipped blocks' weights and the kept blocks'
+    shortcut adapters; in place; returns `model`, whose outputs are those of skip(model, plan).
+
+    plan: a SkipPlan or [n_blocks] bools; the plan that is set if not given. The names of what is left stay. A pruned
+    model skips nothing else and cannot be detached; `fastpetl.save` and `load` know it. An optimizer made before holds
+    on to the dropped parameters.
+    """
+    family, host = registry.family_of(model, "prune")
+    if family.is_pruned(host):
+        raise ValueError("prune: the model is pruned already")
+    setting = None if plan is None else skip(model, plan, shortcut=shortcut)
+    plan = current(model)
+    if not isinstance(plan, SkipPlan):
+        if setting is not None:
+            setting.__exit__()
+        got = "nothing is skipped" if plan is None else f"{type(plan).__name__} is set"
+        raise ValueError(f"prune: {got}, expected a SkipPlan or one mask for the whole batch")
+    family.prune(host)
+    return model
 
 
 def _policy(given, n_blocks: int, capacity: int | None) -> Policy | None:

@@ -1,0 +1,140 @@
+"""``python -m fastpetl search``: DAS's search on easy-VQA: which 4 of 12 blocks of the demo's ViLT can be skipped."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import torch
+
+from . import data, train
+from .model import Settings, build
+
+VALIDATION = 512  # questions of the training split that nothing trains on
+VALIDATION_BATCH = 64
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m fastpetl search",
+        description="Search which blocks of the demo's ViLT can be skipped on easy-VQA, while its adapters train.",
+    )
+    made.add_argument("--out", type=Path, default=Path("fastpetl-search"), help="folder for plan.json and plan.png")
+    made.add_argument("--steps", type=int, default=240, help="training steps (default: %(default)s)")
+    made.add_argument("--skip", type=int, default=4, metavar="K", help="blocks to skip (default: %(default)s)")
+    made.add_argument("--turn", type=int, default=5, help="steps between rewards (default: %(default)s)")
+    made.add_argument("--candidates", type=int, default=3, help="sets per reward (default: %(default)s)")
+    made.add_argument("--per-sample", action="store_true", help="train each sample with a set of its own")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--threads", type=int, default=2)
+    made.add_argument(
+        "--compare",
+        type=int,
+        default=0,
+        metavar="N",
+        help="then train anew with nothing skipped, with the plan, and with N random plans, and test each",
+    )
+    made.add_argument("--quick", action="store_true", help="a few steps on a few questions")
+    return made
+
+
+def _data(settings: Settings):
+    """(training set, validation set): the last questions of the training split are held out."""
+    whole = data.load("train", "downstream", limit=settings.train_limit, assets=Path(settings.assets))
+    held_out = min(VALIDATION, len(whole) // 4)
+    return whole.part(0, len(whole) - held_out), whole.part(len(whole) - held_out, len(whole))
+
+
+def find(args: argparse.Namespace, settings: Settings, training, validation):
+    """The search; its plan."""
+    from fastpetl.das import Scorer, search
+
+    model = build("patched", settings)
+    optimizer = train.optimizer_for(model, settings.adapter_lr)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    order = train.order(len(training), settings)
+    torch.manual_seed(settings.seed)  # ViLT orders the image patches by the global generator
+    model.train()
+
+    def step(i: int) -> None:
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * train.lr_factor(i, settings.steps)
+        train.train_step(model, optimizer, training, order[i])
+
+    def batches(round: int):
+        start = round * VALIDATION_BATCH % len(validation)
+        indices = torch.arange(start, start + VALIDATION_BATCH) % len(validation)
+        return validation.batch(indices), validation.answers[indices]
+
+    def loss(outputs, answers):
+        return torch.nn.functional.cross_entropy(outputs.logits, answers)
+
+    return search(
+        model,
+        step,
+        Scorer(batches, loss),
+        steps=settings.steps,
+        n_skip=args.skip,
+        turn=args.turn,
+        candidates=args.candidates,
+        per_sample=args.per_sample,
+        seed=settings.seed,
+    )
+
+
+def _train_with(plan, settings: Settings, training, test, name: str) -> float:
+    """Test accuracy of adapters trained anew, from the shipped backbone, with `plan` skipped."""
+    import fastpetl
+
+    model = build("patched", settings)
+    fastpetl.skip(model, plan)
+    train.train(model, training, settings, settings.adapter_lr, f"train {name}")
+    return train.evaluate(model, test, desc=f"test {name}")
+
+
+def compare(plan, n: int, settings: Settings, training) -> dict:
+    """{name: (blocks, accuracy)} with nothing skipped, the plan, and `n` random plans of as many blocks."""
+    from fastpetl import SkipPlan
+
+    test = data.load("test", "downstream", limit=settings.test_limit, assets=Path(settings.assets))
+    generator = torch.Generator().manual_seed(settings.seed)
+    random = [SkipPlan(tuple(torch.randperm(12, generator=generator)[: len(plan.blocks)].tolist())) for _ in range(n)]
+    plans = {"nothing skipped": None, "searched": plan} | {f"random {i + 1}": p for i, p in enumerate(random)}
+    return {
+        name: {
+            "blocks": [] if p is None else list(p.blocks),
+            "accuracy": _train_with(p, settings, training, test, name),
+        }
+        for name, p in plans.items()
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Search, write plan.json and plan.png, and with --compare results.json."""
+    args = parser().parse_args(argv)
+    data.offline()
+    quick = {"batch": 8, "train_limit": 64, "test_limit": 32} if args.quick else {}
+    steps = min(args.steps, 8) if args.quick else args.steps
+    settings = Settings(seed=args.seed, threads=args.threads, steps=steps, **quick)
+    torch.set_num_threads(settings.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    training, validation = _data(settings)
+    plan = find(args, settings, training, validation)
+    plan.save(args.out / "plan.json")
+    plan.plot(args.out / "plan.png")
+    gates = "  ".join(f"{i}:{gate:+.4f}" for i, gate in enumerate(plan.gates))
+    print(f"skip {', '.join(map(str, plan.blocks))}: {plan.macs_saved / 1e6:.1f} M MACs of a sample saved")
+    print(f"gates after {len(plan.rounds)} rounds: {gates}")
+    if args.compare:
+        found = compare(plan, args.compare, settings, training)
+        for name, run in found.items():
+            print(f"{name:<16} {100 * run['accuracy']:6.2f} %  {run['blocks']}")
+        random = [run["accuracy"] for name, run in found.items() if name.startswith("random")]
+        print(f"mean of {len(random)} random plans: {100 * statistics.mean(random):.2f} %")
+        content = {"settings": {**dataclasses.asdict(settings), "assets": "shipped"}, "runs": found}
+        (args.out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"plan.json and plan.png are in {args.out}")
+    return 0

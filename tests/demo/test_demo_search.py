@@ -1,0 +1,34 @@
+"""python -m fastpetl search, at a size that proves only that it runs, and that what it holds out nothing trains on."""
+
+import json
+
+import torch
+
+from fastpetl.das import SearchedPlan
+from fastpetl.demo import search
+from fastpetl.demo.model import Settings
+
+
+def test_search_runs_and_writes(tmp_path, capsys):
+    argv = ["--quick", "--out", str(tmp_path), "--skip", "3", "--turn", "2", "--compare", "1", "--steps", "4"]
+    threads = torch.get_num_threads()
+    try:
+        assert search.main([*argv, "--threads", "1"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    plan = SearchedPlan.load(tmp_path / "plan.json")
+    assert len(plan.blocks) == 3 and [r["step"] for r in plan.rounds] == [2, 4] and len(plan.gates) == 12
+    assert (tmp_path / "plan.png").read_bytes()[:4] == b"\x89PNG"
+    runs = json.loads((tmp_path / "results.json").read_text())["runs"]
+    assert list(runs) == ["nothing skipped", "searched", "random 1"]
+    assert runs["searched"]["blocks"] == list(plan.blocks) and len(runs["random 1"]["blocks"]) == 3
+    assert "M MACs of a sample saved" in capsys.readouterr().out
+
+
+def test_validation_questions_are_held_out():
+    training, validation = search._data(Settings(train_limit=40))
+    assert len(training) == 30 and len(validation) == 10
+    together = torch.cat([training.answers, validation.answers])
+    whole = search.data.load("train", "downstream", limit=40)
+    assert torch.equal(together, whole.answers)
+    assert torch.equal(validation.batch(torch.arange(2))["input_ids"], whole.batch(torch.arange(30, 32))["input_ids"])
