@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 
 from torch import nn
+
+
+def original_signature(module: str, name: str, expected: dict) -> str | None:
+    """Semantics: why the installed transformers' class is not the one a fused class was written for, or None."""
+    found = getattr(sys.modules[module], name)
+    got = [p for p in inspect.signature(found.forward).parameters if p != "self"]
+    if got == expected[name]:
+        return None
+    version = sys.modules["transformers"].__version__
+    return f"transformers {version} has a {name} with forward({', '.join(got)}), expected ({', '.join(expected[name])})"
+
+
+def attention_check(attention, projections) -> str | None:
+    """Semantics: why the projections of an attention cannot be taken side by side, or None."""
+    from fastpetl.nn.inline import structure_reason
+
+    reason = structure_reason(attention, projections)
+    if reason is None and len({getattr(attention, name).bias is None for name in list(projections)[:3]}) > 1:
+        return "query, key and value differ in having a bias"
+    return reason
+
+
+def attention_note(attention) -> str:
+    if attention.dropout > 0:
+        return f"attention dropout {attention.dropout}: attention runs in torch while training"
+    return ""
 
 
 class Seq2SeqFamily:

@@ -4,11 +4,56 @@ from __future__ import annotations
 
 import sys
 
-from fastpetl.patching._seq2seq import Seq2SeqFamily
+from fastpetl.patching._seq2seq import Seq2SeqFamily, attention_check, attention_note, original_signature
+from fastpetl.patching.registry import Rule
 
 _HF = "transformers.models.bart.modeling_bart"
+_NN = "fastpetl.nn.bart"
+_PLAIN = "fastpetl.nn.bart_adapters"
+_FORWARD = {  # what the fused classes were written for
+    "BartAttention": ["hidden_states", "key_value_states", "past_key_values", "attention_mask", "kwargs"],
+    "BartEncoderLayer": ["hidden_states", "attention_mask", "kwargs"],
+    "BartDecoderLayer": [
+        *("hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask"),
+        *("past_key_values", "use_cache", "kwargs"),
+    ],
+}
 
-RULES = ()
+
+def _check_attention(attention) -> str | None:
+    from fastpetl.nn.bart import PROJECTIONS
+
+    return original_signature(_HF, "BartAttention", _FORWARD) or attention_check(attention, PROJECTIONS)
+
+
+def _check_layer(layer) -> str | None:
+    from fastpetl.nn import bart
+    from fastpetl.nn.inline import structure_reason
+
+    encoder = "encoder_attn" not in layer._modules
+    reason = original_signature(_HF, "BartEncoderLayer" if encoder else "BartDecoderLayer", _FORWARD)
+    fused = bart.FusedBartEncoderLayer if encoder else bart.FusedBartDecoderLayer
+    return reason or structure_reason(layer, fused.structure_of(layer))
+
+
+def _layer(kind: str, target: str, replacement: str) -> Rule:
+    return Rule(f"bart.{kind}", target, f"{_NN}:{replacement}", _check_layer, ops=("linear", "residual_norm"))
+
+
+RULES = (
+    Rule(
+        "bart.attention",
+        f"{_HF}:BartAttention",
+        f"{_NN}:FusedBartAttention",
+        _check_attention,
+        ops=("linear", "attention"),
+        note=attention_note,
+    ),
+    _layer("encoder_layer", f"{_HF}:BartEncoderLayer", "FusedBartEncoderLayer"),
+    _layer("decoder_layer", f"{_HF}:BartDecoderLayer", "FusedBartDecoderLayer"),
+    _layer("encoder_layer", f"{_PLAIN}:AdapterBartEncoderLayer", "FusedAdapterBartEncoderLayer"),
+    _layer("decoder_layer", f"{_PLAIN}:AdapterBartDecoderLayer", "FusedAdapterBartDecoderLayer"),
+)
 
 
 class BartFamily(Seq2SeqFamily):

@@ -4,11 +4,48 @@ from __future__ import annotations
 
 import sys
 
-from fastpetl.patching._seq2seq import Seq2SeqFamily
+from fastpetl.patching._seq2seq import Seq2SeqFamily, attention_check, attention_note, original_signature
+from fastpetl.patching.registry import Rule
 
 _HF = "transformers.models.t5.modeling_t5"
+_NN = "fastpetl.nn.t5"
+_FORWARD = {  # what the fused classes were written for
+    "T5Attention": ["hidden_states", "mask", "key_value_states", "position_bias", "past_key_values", "kwargs"],
+    "T5LayerNorm": ["hidden_states"],
+    "T5DenseActDense": ["hidden_states"],
+    "T5DenseGatedActDense": ["hidden_states"],
+}
 
-RULES = ()
+
+def _check_attention(attention) -> str | None:
+    from fastpetl.nn.t5 import PROJECTIONS
+
+    return original_signature(_HF, "T5Attention", _FORWARD) or attention_check(attention, PROJECTIONS)
+
+
+def _check_norm(norm) -> str | None:
+    return original_signature(_HF, "T5LayerNorm", _FORWARD)
+
+
+def _check_dense(dense) -> str | None:
+    from fastpetl.nn import t5
+    from fastpetl.nn.inline import structure_reason
+
+    gated = "wi_1" in dense._modules
+    name = "T5DenseGatedActDense" if gated else "T5DenseActDense"
+    return original_signature(_HF, name, _FORWARD) or structure_reason(dense, t5.GATED if gated else t5.DENSE)
+
+
+def _rule(kind: str, name: str, check, *ops: str, **options) -> Rule:
+    return Rule(f"t5.{kind}", f"{_HF}:{name}", f"{_NN}:Fused{name}", check, ops=ops, **options)
+
+
+RULES = (
+    _rule("attention", "T5Attention", _check_attention, "linear", note=attention_note),
+    _rule("norm", "T5LayerNorm", _check_norm, "residual_norm"),
+    _rule("feed_forward", "T5DenseActDense", _check_dense, "linear"),
+    _rule("feed_forward", "T5DenseGatedActDense", _check_dense, "linear"),
+)
 
 
 class T5Family(Seq2SeqFamily):

@@ -60,13 +60,13 @@ def skip(model: nn.Module, mask_or_plan, *, shortcut: str | None = None, capacit
     """
     family, host = registry.family_of(model, "skip")
     check_shortcut(shortcut, "skip")
-    n_blocks = family.n_blocks(host)
-    values = _policy(mask_or_plan, n_blocks, capacity)
-    if values is not None or mask_or_plan is None:
-        pass
-    elif isinstance(mask_or_plan, SkipPlan):
+    values = None
+    if mask_or_plan is not None:
+        n_blocks = family.n_blocks(host)
+        values = _policy(mask_or_plan, n_blocks, capacity)
+    if isinstance(mask_or_plan, SkipPlan):
         values, shortcut = mask_or_plan.mask(n_blocks), shortcut or mask_or_plan.shortcut
-    else:
+    elif mask_or_plan is not None and values is None:
         values = mask_values(mask_or_plan, n_blocks, "skip")
     adapters = family.has_shortcut_adapters(host)
     if shortcut == "adapter" and not adapters:

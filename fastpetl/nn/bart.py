@@ -1,0 +1,149 @@
+"""Hugging Face's BART layers, with and without VL-Adapter's adapters, fused: what `fastpetl.patch` swaps in.
+
+Attention is one module (q|k|v and k|v side by side), a layer another (feed-forward, and each site dropout + residual +
+layer norm in one pass); adapters are modules of their own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.models.bart import modeling_bart as hf
+
+from fastpetl.nn.bart_adapters import AdapterBartDecoderLayer, AdapterBartEncoderLayer
+from fastpetl.nn.inline import structure
+from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface, key_mask
+
+PROJECTIONS = structure(q_proj=nn.Linear, k_proj=nn.Linear, v_proj=nn.Linear, out_proj=nn.Linear)
+
+
+class FusedBartAttention(Fused, hf.BartAttention):
+    """BartAttention, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+    def forward(
+        self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, source, size = hidden_states, key_value_states, self.head_dim
+        if self._declines(PROJECTIONS, x):
+            return super().forward(x, source, past_key_values, attention_mask, **kwargs)
+        if source is None:
+            qkv = self._linear(x, self.q_proj, self.k_proj, self.v_proj, slot="qkv")
+            out = self._self_attention(qkv, past_key_values, attention_mask)
+            if out is not None:
+                return self._linear(out, self.out_proj, slot="out"), None
+            q, *kv = qkv.chunk(3, -1)
+        else:
+            q, kv = self._linear(x, self.q_proj, slot="q"), None
+
+        def keys():
+            both = kv or self._linear(source, self.k_proj, self.v_proj, slot="kv").chunk(2, -1)
+            return [heads(t, size) for t in both]
+
+        k, v = cached_keys(self, past_key_values, source, keys)
+        attend = interface(self, hf.eager_attention_forward)
+        dropout = self.dropout if self.training else 0.0
+        out, weights = attend(
+            self, heads(q, size), k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self._linear(out.flatten(2), self.out_proj, slot="out"), weights
+
+    def _self_attention(self, qkv, past, mask):
+        """The encoder's attention in one op; None where that does not do what is asked."""
+        dropped = self.training and self.dropout > 0
+        if past is not None or self.is_causal or dropped or self.config._attn_implementation != "sdpa":
+            return None
+        plain, additive = key_mask(mask, *qkv.shape[:2])
+        if not plain:
+            return None
+        from fastpetl import ops
+
+        scale, backend = float(self.scaling), self._op("attention")
+        return ops.attention(qkv, self.num_heads, key_mask=additive, scale=scale, backend=backend)
+
+
+class _FusedLayer(Fused):
+    @classmethod
+    def structure_of(cls, layer):
+        norms = {name: nn.LayerNorm for name in cls._norms}
+        return structure(fc1=nn.Linear, fc2=nn.Linear, **norms)
+
+    def _site(self, x, f, adapter: str, task, norm):
+        """Semantics: norm(x + drop(A(f))), without A where the layer has no such adapter."""
+        adapter = self._modules.get(adapter)
+        f = f if adapter is None else adapter(f, task)
+        return self._add_norm(x, drop(f, self.dropout, self.training), norm)
+
+    def _feed_forward(self, x):
+        h = self._linear(x, self.fc1, slot="fc1")
+        dropped = self.training and self.activation_dropout > 0
+        if exact_gelu(self.activation_fn) and not dropped:
+            return self._linear(h, self.fc2, slot="fc2", activation="gelu")
+        h = drop(self.activation_fn(h), self.activation_dropout, self.training)
+        return self._linear(h, self.fc2, slot="fc2")
+
+
+class _FusedEncoder(_FusedLayer):
+    _norms = ("self_attn_layer_norm", "final_layer_norm")
+
+    def forward(self, hidden_states, attention_mask=None, task=None, **kwargs):
+        x = hidden_states
+        told = {} if task is None else {"task": task}
+        if self._declines(self.structure_of(self), x):
+            return super().forward(x, attention_mask, **told, **kwargs)
+        f, _ = self.self_attn(x, attention_mask=attention_mask, **kwargs)
+        x = self._site(x, f, "attn_adapter", task, self.self_attn_layer_norm)
+        x = self._site(x, self._feed_forward(x), "ff_adapter", task, self.final_layer_norm)
+        if x.dtype == torch.float16 and not torch.isfinite(x).all():
+            limit = torch.finfo(x.dtype).max - 1000
+            x = x.clamp(-limit, limit)
+        return x
+
+
+class _FusedDecoder(_FusedLayer):
+    _norms = ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        past_key_values=None,
+        use_cache=True,
+        task=None,
+        **kwargs,
+    ):
+        x, source, past = hidden_states, encoder_hidden_states, past_key_values
+        told = {} if task is None else {"task": task}
+        if self._declines(self.structure_of(self), x):
+            return super().forward(x, attention_mask, source, encoder_attention_mask, past, use_cache, **told, **kwargs)
+        f, _ = self.self_attn(x, past_key_values=past, attention_mask=attention_mask, **kwargs)
+        x = self._site(x, f, "self_attn_adapter", task, self.self_attn_layer_norm)
+        if source is not None:
+            f, _ = self.encoder_attn(
+                x, key_value_states=source, attention_mask=encoder_attention_mask, past_key_values=past, **kwargs
+            )
+            x = self._site(x, f, "enc_attn_adapter", task, self.encoder_attn_layer_norm)
+        return self._site(x, self._feed_forward(x), "ff_adapter", task, self.final_layer_norm)
+
+
+class FusedBartEncoderLayer(_FusedEncoder, hf.BartEncoderLayer):
+    """BartEncoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+
+class FusedBartDecoderLayer(_FusedDecoder, hf.BartDecoderLayer):
+    """BartDecoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+
+class FusedAdapterBartEncoderLayer(_FusedEncoder, AdapterBartEncoderLayer):
+    """AdapterBartEncoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+
+class FusedAdapterBartDecoderLayer(_FusedDecoder, AdapterBartDecoderLayer):
+    """AdapterBartDecoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+
+# Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
+FusedBartAttention.__name__ = "BartAttention"
+FusedBartEncoderLayer.__name__ = FusedAdapterBartEncoderLayer.__name__ = "BartEncoderLayer"
+FusedBartDecoderLayer.__name__ = FusedAdapterBartDecoderLayer.__name__ = "BartDecoderLayer"

@@ -1,0 +1,127 @@
+"""What the fused modules of several families share: linears side by side with their pack caches, and key masks."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import GELUActivation
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from fastpetl.nn.inline import call_reason, note_fallback
+
+
+class Fused:
+    """Mixin of a fused class, before the original: its state, and the ops its forward is made of."""
+
+    _fastpetl_backend = "auto"
+    _fastpetl_fallback = None
+
+    def _declines(self, structure, x: torch.Tensor) -> bool:
+        """Semantics: must this call take the original forward? Notes why."""
+        reason = call_reason(self, structure, x)
+        if reason is not None:
+            note_fallback(self, reason)
+        return reason is not None
+
+    def _linear(self, x: torch.Tensor, *linears: nn.Linear, slot: str, activation: str | None = None) -> torch.Tensor:
+        """Semantics: [linear_1(a(x)), linear_2(a(x)), ...] side by side, a = gelu (erf) or nothing. slot: the name of
+        the cache for the packed weights; in inference only, where memory is at its lowest.
+        """
+        from fastpetl import ops
+
+        weights = tuple(linear.weight for linear in linears)
+        biases = None if linears[0].bias is None else tuple(linear.bias for linear in linears)
+        backend = self._op("linear")
+        return ops.linear(x, weights, biases, activation=activation, backend=backend, cache=self._pack(slot))
+
+    def _op(self, name: str) -> str:
+        from fastpetl.backends import for_op
+
+        return for_op(name, self._fastpetl_backend)
+
+    def _pack(self, slot: str):
+        state = self.__dict__
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            if not torch.compiler.is_compiling():
+                state.pop("_fastpetl_packs", None)
+            return None
+        from fastpetl.ops import PackCache
+
+        return state.setdefault("_fastpetl_packs", {}).setdefault(slot, PackCache())
+
+    def _add_norm(self, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+        """Semantics: norm(x + f)."""
+        from fastpetl import ops
+
+        return ops.residual_norm(
+            x, f, norm.weight, norm.bias, eps=norm.eps, emit="norm", backend=self._op("residual_norm")
+        )
+
+
+def exact_gelu(activation) -> bool:
+    """Semantics: is it x * Phi(x) by erf? That one is fused into the linear behind it, any other is called."""
+    if type(activation) is GELUActivation:
+        return activation.act is F.gelu
+    return activation is F.gelu or (type(activation) is nn.GELU and activation.approximate == "none")
+
+
+def drop(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+    """Semantics: F.dropout; torch's own draws, so that a seed means what it means unpatched."""
+    return F.dropout(x, p) if training and p > 0 else x
+
+
+def same_bias(*linears: nn.Linear) -> bool:
+    return len({linear.bias is None for linear in linears}) == 1
+
+
+def key_mask(mask: torch.Tensor | None, batch: int, keys: int) -> tuple[bool, torch.Tensor | None]:
+    """Semantics: (does the mask [B or 1, 1, Q or 1, K] depend on the key alone, as additive fp32 [B, K]).
+
+    Bool masks keep where True. Compared by value, on the CPU only: elsewhere that would wait for the device, and under
+    torch.compile it would break the graph.
+    """
+    if mask is None:
+        return True, None
+    if torch.compiler.is_compiling() or mask.device.type != "cpu" or mask.dim() != 4 or mask.shape[1] != 1:
+        return False, None
+    row = mask[:, :, :1]
+    if mask.shape[2] > 1 and mask.stride(2) != 0 and not bool((mask == row).all()):
+        return False, None
+    row = row[:, 0, 0]
+    if row.dtype == torch.bool:
+        row = torch.zeros(row.shape).masked_fill_(~row, torch.finfo(torch.float32).min)
+    return True, row.float().expand(batch, keys)
+
+
+def heads(t: torch.Tensor, size: int) -> torch.Tensor:
+    """Semantics: [B, T, H * size] as [B, H, T, size]."""
+    return t.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def interface(module, default):
+    """Semantics: the attention function that the module's configuration names."""
+    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, default)
+
+
+def cached_keys(module, past, key_value_states, make):
+    """Semantics: (keys, values) of this call, make()'s own joined to what the cache holds, and kept there.
+
+    past: None, a Cache, or an EncoderDecoderCache, whose cross-attention part is filled once and then only read.
+    """
+    from transformers.cache_utils import EncoderDecoderCache
+
+    if past is None:
+        return make()
+    cross, index = key_value_states is not None, module.layer_idx
+    both = isinstance(past, EncoderDecoderCache)
+    if not both:
+        return past.update(*make(), index)
+    if not cross:
+        return past.self_attention_cache.update(*make(), index)
+    if past.is_updated.get(index):
+        layer = past.cross_attention_cache.layers[index]
+        return layer.keys, layer.values
+    found = past.cross_attention_cache.update(*make(), index)
+    past.is_updated[index] = True
+    return found

@@ -1,0 +1,100 @@
+"""Hugging Face's T5 modules fused: attention, RMS norm and feed-forward; blocks and the adapters in them call these."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers.models.t5 import modeling_t5 as hf
+
+from fastpetl.nn.inline import structure
+from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
+
+PROJECTIONS = structure(q=nn.Linear, k=nn.Linear, v=nn.Linear, o=nn.Linear)
+DENSE = structure(wi=nn.Linear, wo=nn.Linear, dropout=nn.Dropout)
+GATED = structure(wi_0=nn.Linear, wi_1=nn.Linear, wo=nn.Linear, dropout=nn.Dropout)
+
+
+class FusedT5Attention(Fused, hf.T5Attention):
+    """T5Attention, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+    def forward(
+        self, hidden_states, mask=None, key_value_states=None, position_bias=None, past_key_values=None, **kwargs
+    ):
+        x, source, past, size = hidden_states, key_value_states, past_key_values, self.key_value_proj_dim
+        if self._declines(PROJECTIONS, x):
+            return super().forward(x, mask, source, position_bias, past, **kwargs)
+        seen = past.get_seq_length(self.layer_idx) if past is not None else 0
+        seen = seen.clone() if isinstance(seen, torch.Tensor) else seen  # a static cache counts in place
+        if source is None:
+            q, *kv = self._linear(x, self.q, self.k, self.v, slot="qkv").chunk(3, -1)
+        else:
+            q, kv = self._linear(x, self.q, slot="q"), None
+
+        def keys():
+            both = kv or self._linear(source, self.k, self.v, slot="kv").chunk(2, -1)
+            return [heads(t, size) for t in both]
+
+        k, v = cached_keys(self, past, source, keys)
+        if position_bias is None:
+            position_bias = self._bias(q, k.shape[-2], seen)
+        attend = interface(self, hf.eager_attention_forward)
+        dropout = self.dropout if self.training else 0.0
+        out, weights = attend(
+            self,
+            heads(q, size),
+            k,
+            v,
+            mask,
+            dropout=dropout,
+            scaling=self.scaling,
+            position_bias=position_bias,
+            **kwargs,
+        )
+        return self._linear(out.flatten(2), self.o, slot="o"), position_bias, weights
+
+    def _bias(self, q, keys: int, seen):
+        if self.has_relative_attention_bias:
+            return self.compute_bias(q.shape[1], keys, device=q.device, past_seen_tokens=seen)
+        zeros = q.new_zeros(1, self.n_heads, q.shape[1], keys)
+        return zeros.requires_grad_(self.gradient_checkpointing and self.training)
+
+
+class FusedT5LayerNorm(Fused, hf.T5LayerNorm):
+    """T5LayerNorm in one pass, the statistics in fp32. Made by `fastpetl.patch`, never constructed."""
+
+    def forward(self, hidden_states):
+        x = hidden_states
+        if self._declines({}, x) or self.weight.dtype != x.dtype:
+            return super().forward(x)
+        from fastpetl import ops
+
+        eps, backend = self.variance_epsilon, self._op("residual_norm")
+        return ops.residual_norm(x, None, self.weight, tail="rmsnorm", eps=eps, emit="norm", backend=backend)
+
+
+class FusedT5DenseActDense(Fused, hf.T5DenseActDense):
+    """T5DenseActDense, same numbers. Made by `fastpetl.patch`, never constructed."""
+
+    def forward(self, hidden_states):
+        if self._declines(DENSE, hidden_states):
+            return super().forward(hidden_states)
+        h = self._linear(hidden_states, self.wi, slot="wi")
+        if exact_gelu(self.act) and not (self.dropout.training and self.dropout.p > 0):
+            return self._linear(h, self.wo, slot="wo", activation="gelu")
+        return self._linear(drop(self.act(h), self.dropout.p, self.dropout.training), self.wo, slot="wo")
+
+
+class FusedT5DenseGatedActDense(Fused, hf.T5DenseGatedActDense):
+    """T5DenseGatedActDense, both input projections side by side. Made by `fastpetl.patch`, never constructed."""
+
+    def forward(self, hidden_states):
+        if self._declines(GATED, hidden_states):
+            return super().forward(hidden_states)
+        gate, h = self._linear(hidden_states, self.wi_0, self.wi_1, slot="wi").chunk(2, -1)
+        h = drop(self.act(gate) * h, self.dropout.p, self.dropout.training)
+        return self._linear(h, self.wo, slot="wo")
+
+
+# Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
+for _cls in (FusedT5Attention, FusedT5LayerNorm, FusedT5DenseActDense, FusedT5DenseGatedActDense):
+    _cls.__name__ = _cls.__name__.removeprefix("Fused")
