@@ -17,7 +17,12 @@ from . import plan
 from .machine import cpu_flags, environment
 
 SCHEMA = 1
-ROUNDS = {"vilt": (9, 3), "ops": (15, 5), "skip": (9, 3)}  # samples per variant: usually, and with --quick
+ROUNDS = {
+    "vilt": (9, 3),
+    "models": (9, 3),
+    "ops": (15, 5),
+    "skip": (9, 3),
+}  # samples per variant: usually, and with --quick
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -60,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         choices=sorted(ROUNDS),
-        help="vilt: ViLT with DAS adapters; ops: the kernel family, op by op; skip: MACs skipped against time saved",
+        help="vilt: ViLT with DAS adapters; models: VL-BART and VL-T5 with their adapters; ops: the kernel family, "
+        "op by op; skip: MACs skipped against time saved",
     )
     parser.add_argument("--quick", action="store_true", help="few samples")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
@@ -68,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         default="",
         metavar="PART[,PART]",
-        help="run what contains a PART: vilt fp32/train/patched or bf16/memory/eager, "
+        help="run what contains a PART: vilt fp32/train/patched or bf16/memory/eager, models vlbart/fp32, "
         "ops fp32/adapter/r96/forward/cpp, skip train/static or scoring",
     )
     parser.add_argument("--losses", action="store_true", help="vilt: compare 50 training losses as well (minutes)")

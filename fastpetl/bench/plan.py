@@ -4,7 +4,7 @@ from __future__ import annotations
 
 DTYPES = ("fp32", "bf16")
 MODES = ("inference", "train")
-MODELS = {"vilt": ("vilt",)}  # the workloads of each command
+MODELS = {"vilt": ("vilt",), "models": ("vlbart", "vlt5")}  # the workloads of each command
 VARIANTS = ("eager", "compile", "routed", "patched")
 MEMORY_VARIANTS = ("eager", "patched")
 LOSSES = "vilt"  # the model whose losses --losses compares
@@ -27,7 +27,7 @@ def model_variants(only: tuple[str, ...], model: str, dtype: str, mode: str) -> 
 
 
 def model_jobs(models: tuple[str, ...], only: tuple[str, ...], losses: bool) -> list[dict]:
-    """Semantics: the processes `bench vilt` consists of."""
+    """Semantics: the processes `bench vilt` or `bench models` consists of."""
     jobs = []
     for model in models:
         for dtype in DTYPES:

@@ -1,4 +1,4 @@
-"""The models of `bench vilt`: real sizes, random weights from a fixed seed, adapters attached."""
+"""The models of `bench vilt` and `bench models`: real sizes, random weights from a fixed seed, adapters attached."""
 
 from __future__ import annotations
 
@@ -98,4 +98,66 @@ VILT = Workload(
     },
 )
 
-WORKLOADS = {work.name: work for work in (VILT,)}
+# --- VL-BART and VL-T5 ------------------------------------------------------------------------------------------------
+
+_TINY = {"vocab_size": 100, "d_model": 32, "feat_dim": 24, "n_boxes": 9}
+_TINY_LAYERS = {
+    "vlbart": {
+        **{f"{part}_layers": 1 for part in ("encoder", "decoder")},
+        **{f"{part}_attention_heads": 4 for part in ("encoder", "decoder")},
+        **{f"{part}_ffn_dim": 64 for part in ("encoder", "decoder")},
+    },
+    "vlt5": {"d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4},
+}
+
+
+def _seq2seq(kind: str, tiny: bool) -> nn.Module:
+    import fastpetl
+    from fastpetl import models
+
+    torch.manual_seed(0)
+    model_class, config_class = {
+        "vlbart": (models.VLBart, models.VLBartConfig),
+        "vlt5": (models.VLT5, models.VLT5Config),
+    }[kind]
+    # Dropout off, so that what is compared are the same numbers in training as well.
+    still = (
+        dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
+        if kind == "vlbart"
+        else {"dropout_rate": 0.0}
+    )
+    sizes = {**_TINY, **_TINY_LAYERS[kind]} if tiny else {}
+    model = model_class(config_class(**still, **sizes))
+    fastpetl.attach(model, fastpetl.AdapterConfig(bottleneck=8 if tiny else 96), patch=False)
+    return spread(model, ("q_proj.weight", "k_proj.weight"))
+
+
+def _seq2seq_batch(model, tiny: bool, dtype: torch.dtype, seed: int = 1, batch: int = 16) -> dict:
+    """20 text and 36 image tokens, an answer of 5, for VQA."""
+    batch, text, image = (2, 5, 9) if tiny else (batch, 20, 36)
+    generator, vocab = torch.Generator().manual_seed(seed), model.config.vocab_size
+    return {
+        "input_ids": torch.randint(3, vocab - 10, (batch, text), generator=generator),
+        "attention_mask": torch.ones(batch, text, dtype=torch.long),
+        "vis_feats": torch.randn(batch, image, model.config.feat_dim, generator=generator).to(dtype),
+        "labels": torch.randint(3, vocab - 10, (batch, 5), generator=generator),
+    }
+
+
+def _seq2seq_workload(kind: str, title: str) -> Workload:
+    return Workload(
+        name=kind,
+        title=f"{title}-base, adapters r=96, batch 16, 20 + 36 tokens, answer of 5",
+        build=lambda tiny: _seq2seq(kind, tiny),
+        batch=_seq2seq_batch,
+        bars={
+            **{("fp32", "inference", against): 1.9 for against in ("eager", "compile")},
+            **{("fp32", "train", against): 1.7 for against in ("eager", "compile")},
+        },
+    )
+
+
+VLBART = _seq2seq_workload("vlbart", "VL-BART")
+VLT5 = _seq2seq_workload("vlt5", "VL-T5")
+
+WORKLOADS = {work.name: work for work in (VILT, VLBART, VLT5)}
