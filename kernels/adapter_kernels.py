@@ -137,9 +137,7 @@ def forward_up(z_ptr, x_ptr, wu_ptr, bu_ptr, res1_ptr, res2_ptr, y_ptr, M, scale
         res1_ptr += row0 * D
     if res2_ptr is not None:
         res2_ptr += row0 * D
-    store_output(
-        y_ptr + row0 * D, x_ptr + row0 * D, res1_ptr, res2_ptr, bu_ptr, u, rm, rd, mm, scale, D, EVEN, ADD_X
-    )
+    store_output(y_ptr + row0 * D, x_ptr + row0 * D, res1_ptr, res2_ptr, bu_ptr, u, rm, rd, mm, scale, D, EVEN, ADD_X)
 
 
 @triton.jit
