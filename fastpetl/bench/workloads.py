@@ -124,11 +124,11 @@ def _seq2seq(kind: str, tiny: bool) -> nn.Module:
     if kind == "vlbart":
         still = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
     else:  # random at the usual scale, T5's unscaled attention makes 4e-2 out of fp32's rounding
-        still = {"dropout_rate": 0.0, "initializer_factor": 0.3}
+        still = {"dropout_rate": 0.0, "initializer_factor": 0.1}
     sizes = {**_TINY, **_TINY_LAYERS[kind]} if tiny else {}
     model = model_class(config_class(**still, **sizes))
     fastpetl.attach(model, fastpetl.AdapterConfig(bottleneck=8 if tiny else 96), patch=False)
-    return spread(model, ("q_proj.weight", "k_proj.weight"))
+    return spread(model, ("q_proj.weight", "k_proj.weight", "Attention.q.weight", "Attention.k.weight"))
 
 
 def _seq2seq_batch(model, tiny: bool, dtype: torch.dtype, seed: int = 1, batch: int = 16) -> dict:

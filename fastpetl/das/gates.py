@@ -64,7 +64,7 @@ class Fill:
         return tuple(chosen)
 
 
-def draw(gates: torch.Tensor, fill: Fill, generator: torch.Generator) -> tuple[int, ...]:
+def draw(gates: torch.Tensor, fill: Fill, generator: torch.Generator | None) -> tuple[int, ...]:
     """Semantics: one set: blocks drawn one after another without replacement, by sigmoid(gates)."""
     p = torch.sigmoid(gates).clamp_min(1e-30)
     return fill(torch.multinomial(p, gates.numel(), generator=generator).tolist())

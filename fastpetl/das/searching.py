@@ -7,6 +7,7 @@ rewards, then every 10 micro-batches rewards of 3 sets, learning rate 1.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -51,7 +52,8 @@ class Search:
         quirks: tuple[str, ...] = (),
     ):
         self.model, self.evaluate, self.shortcut = model, evaluate, shortcut
-        self.blocks = skip.blocks(model)
+        with skip(model, [False] * len(skip.blocks(model)), shortcut=shortcut):
+            self.blocks = skip.blocks(model)  # what a shortcut costs depends on which one it is
         self.fill = _fill(self.blocks, n_skip, budget_macs)
         for name, value, least in (("turn", turn, 1), ("candidates", candidates, 2), ("warmup_steps", warmup_steps, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -91,7 +93,7 @@ class Search:
         sets = draw_distinct(self.gates, self.fill, self.candidates, self.generator)
         losses = self._losses(torch.stack([self._row(chosen) for chosen in sets]))
         for chosen, loss in zip(sets, losses.tolist(), strict=True):
-            if not loss < float("inf"):
+            if not math.isfinite(loss):
                 raise ValueError(
                     f"search: evaluate gave a loss of {loss} with blocks {chosen} skipped, at step {self.step}"
                 )
@@ -134,7 +136,8 @@ class Search:
         return row
 
     def _masks(self, x, n_blocks) -> torch.Tensor:
-        return torch.stack([self._row(draw(self.gates, self.fill, self.generator)) for _ in range(len(x))])
+        # By torch's own generator: the ranks' batches may differ in size, the sets they score may not.
+        return torch.stack([self._row(draw(self.gates, self.fill, None)) for _ in range(len(x))])
 
     def _losses(self, sets: torch.Tensor) -> torch.Tensor:
         round = 0 if "fixed_batch" in self.quirks else len(self.rounds)

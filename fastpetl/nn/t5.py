@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.models.t5 import modeling_t5 as hf
 
-from fastpetl.nn.inline import structure
+from fastpetl.nn.inline import note_fallback, structure
 from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
 
 PROJECTIONS = structure(q=nn.Linear, k=nn.Linear, v=nn.Linear, o=nn.Linear)
@@ -64,7 +64,10 @@ class FusedT5LayerNorm(Fused, hf.T5LayerNorm):
 
     def forward(self, hidden_states):
         x = hidden_states
-        if self._declines({}, x) or self.weight.dtype != x.dtype:
+        if self._declines({}, x):
+            return super().forward(x)
+        if type(self.weight) is not nn.Parameter or self.weight.dtype != x.dtype:
+            note_fallback(self, f"weight is {type(self.weight).__name__} of {self.weight.dtype}, the input {x.dtype}")
             return super().forward(x)
         from fastpetl import ops
 

@@ -25,7 +25,7 @@ def samples(x: torch.Tensor, policy, n_blocks: int, training: bool) -> Samples |
             f"skip: mask is {got}, expected a bool tensor of shape (batch={expected[0]}, n_blocks={n_blocks})"
         )
     if torch.compiler.is_compiling() or policy.capacity is not None:
-        return StaticSamples(x, mask.to(x.device), scale, policy.capacity)
+        return StaticSamples(x, mask.to(x.device), scale, policy.capacity, copies)
     return Samples(x, mask, scale, copies)
 
 
@@ -187,15 +187,19 @@ class StaticSamples:
     that keep it, and only the first `capacity` of them in the order of the batch; the others get the shortcut.
     """
 
-    def __init__(self, x, mask, scale, capacity: int | None):
-        self._x, self._mask, self._scale = x, mask, scale
-        self._capacity = None if capacity is None or capacity >= x.shape[0] else capacity
+    def __init__(self, x, mask, scale, capacity: int | None, copies: int = 1):
+        self._x, self._mask, self._scale = _repeat(x, copies) if copies > 1 else x, mask, scale
+        self._capacity = None if capacity is None or capacity >= mask.shape[0] else capacity
+        self._copies = copies
+
+    def _all(self, t: torch.Tensor | None) -> torch.Tensor | None:
+        return t if t is None or t.shape[0] == 1 or self._copies == 1 else _repeat(t, self._copies)
 
     def run(self, i: int, block, shortcut, parameters: Iterable = (), shortcut_parameters: Iterable = ()) -> None:
         x, skipped = self._x, self._mask[:, i]
         scale = None if self._scale is None else self._scale[:, i]
         if self._capacity is None:
-            y = _scaled(x, block(x, lambda t: t), scale)
+            y = _scaled(x, block(x, self._all), scale)
             self._x = torch.where(skipped.view(-1, *(1,) * (x.dim() - 1)), shortcut(x), y)
             return
         from fastpetl import ops
@@ -203,7 +207,7 @@ class StaticSamples:
         index = torch.argsort(skipped.long(), stable=True)[: self._capacity]
         count = (~skipped).sum().clamp(max=self._capacity)
         rows = ops.gather_rows(x, index, count)
-        y = block(rows, lambda t: t if t is None or t.shape[0] == 1 else _mask_rows(t, index))
+        y = block(rows, lambda t: t if t is None or t.shape[0] == 1 else _mask_rows(self._all(t), index))
         y = _scaled(rows, y, None if scale is None else scale.index_select(0, index))
         self._x = ops.scatter_rows(shortcut(x), y, index, count)
 

@@ -164,8 +164,10 @@ def test_training_with_a_set_per_sample():
     assert all(isinstance(p, fastpetl.skip.Policy) for p in task.seen) and len(plan.rounds) > 1
     masks = Search(task.model, task.evaluate, n_skip=2, per_sample=True)
     masks.begin()
+    state = masks.generator.get_state()
     mask = fastpetl.skip.current(task.model).masks(torch.zeros(50, 3, 32), 4, True)[0]
     assert (mask.sum(1) == 2).all() and len(set(map(tuple, mask.tolist()))) > 3
+    assert torch.equal(masks.generator.get_state(), state)  # ranks with other batches score the same sets
     masks.finish()
     assert fastpetl.skip.current(task.model) is None
 
@@ -176,6 +178,14 @@ def test_a_budget_of_macs():
     plan = task.search(n_skip=None, budget_macs=1.5 * saved[0])
     assert plan.macs_saved >= 1.5 * saved[0] and len(plan.blocks) == 2
     assert all(len(chosen) == 2 for r in plan.rounds for chosen in r["sets"])
+
+
+def test_what_is_saved_depends_on_the_shortcut():
+    task = Task()
+    with fastpetl.skip(task.model, [False] * 4, shortcut="identity"):
+        macs = [b.macs - b.shortcut_macs for b in fastpetl.blocks(task.model)]
+    identity, adapter = (task.search(shortcut=shortcut) for shortcut in ("identity", "adapter"))
+    assert identity.macs_saved == 2 * macs[0] > adapter.macs_saved
 
 
 def test_quirks():
@@ -280,6 +290,7 @@ def test_without_adapters():
         ({"quirks": ("swap",)}, ValueError, "search: quirks has 'swap', expected some of fixed_batch, train_mode"),
         ({"evaluate": 3}, TypeError, r"search: evaluate is int, expected a Scorer or a function \(round\)"),
         ({"evaluate": lambda r: float("nan")}, ValueError, "search: evaluate gave a loss of nan with blocks"),
+        ({"evaluate": lambda r: -float("inf")}, ValueError, "search: evaluate gave a loss of -inf with blocks"),
         ({"evaluate": lambda r: float("inf")}, ValueError, "search: evaluate gave a loss of inf with blocks"),
         ({"evaluate": lambda r: torch.zeros(2)}, ValueError, r"search: evaluate gave a loss of shape \(2,\), expected"),
     ],

@@ -237,6 +237,16 @@ def test_a_bias_missing_in_one_projection():
     assert row.reason == "query, key and value differ in having a bias"
 
 
+def test_a_norm_kept_in_fp32_says_so():
+    plain = text_model("t5").bfloat16()
+    plain.encoder.block[0].layer[0].layer_norm.float()
+    patched = fastpetl.patch(copy.deepcopy(plain))
+    x = torch.randn(2, 3, 32).bfloat16()
+    norms = [m.encoder.block[0].layer[0].layer_norm for m in (patched, plain)]
+    assert torch.equal(norms[0](x), norms[1](x))
+    assert "weight is Parameter of torch.float32, the input torch.bfloat16" in str(fastpetl.report(patched))
+
+
 def test_another_transformers(monkeypatch):
     from transformers.models.bart import modeling_bart
 
