@@ -103,8 +103,10 @@ def adapter_structure(adapter: BottleneckAdapter) -> dict[str, Inlined]:
     return _WITHOUT_NORM if adapter._modules["adapter_layer_norm_before"] is None else _WITH_NORM
 
 
-def fused_adapter(adapter: BottleneckAdapter, x: torch.Tensor, residuals: tuple, backend: str) -> torch.Tensor:
-    """Semantics: A(x) + sum(residuals) from the adapter's parameters, without calling its children."""
+def fused_adapter(adapter, x: torch.Tensor, residuals: tuple, backend: str, activation=None) -> torch.Tensor:
+    """Semantics: A(x) + sum(residuals) from the parameters of a BottleneckAdapter, or an original with its names,
+    without calling its children. activation: for an original, which has no such attribute.
+    """
     from fastpetl import ops
 
     norm = adapter.adapter_layer_norm_before
@@ -118,7 +120,7 @@ def fused_adapter(adapter: BottleneckAdapter, x: torch.Tensor, residuals: tuple,
         norm_weight=None if norm is None else norm.weight,
         norm_bias=None if norm is None else norm.bias,
         eps=1e-5 if norm is None else norm.eps,
-        activation=adapter.activation,
+        activation=activation or adapter.activation,
         scale=adapter.scale,
         residuals=residuals,
         backend=backend,

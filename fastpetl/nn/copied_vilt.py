@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastpetl.nn.adapter import fused_adapter
 from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure
 
 _NORM = "adapter_layer_norm_before"
@@ -40,29 +41,9 @@ def adapter_reason(adapter: nn.Module) -> str | None:
         return f"adapter_layernorm_option is {option!r}, expected 'in' with a norm, or another without one"
     if not isinstance(adapter.__dict__.get("scale"), float):
         return "scale is learnt, expected a number"
-    if adapter.training and adapter.dropout > 0:
+    if adapter.training and getattr(adapter, "dropout", 0.0) > 0:
         return f"dropout {adapter.dropout} inside the adapter while training"
     return None
-
-
-def _adapter(adapter, x, residuals, backend):
-    from fastpetl import ops
-
-    norm, down, up = adapter._modules.get(_NORM), adapter.down_proj, adapter.up_proj
-    return ops.adapter(
-        x,
-        down.weight,
-        down.bias,
-        up.weight,
-        up.bias,
-        norm_weight=None if norm is None else norm.weight,
-        norm_bias=None if norm is None else norm.bias,
-        eps=1e-5 if norm is None else norm.eps,
-        activation="relu",
-        scale=adapter.scale,
-        residuals=residuals,
-        backend=backend,
-    )
 
 
 class CopiedAdapter:
@@ -77,7 +58,7 @@ class CopiedAdapter:
             note_fallback(self, reason)
             return super().forward(x, add_residual=add_residual, residual=residual)
         residuals = () if not add_residual else (x if residual is None else residual,)
-        return _adapter(self, x, residuals, self._fastpetl_backend)
+        return fused_adapter(self, x, residuals, self._fastpetl_backend, "relu")
 
 
 def block_structure(block: nn.Module) -> dict[str, Inlined]:
@@ -154,7 +135,9 @@ class CopiedBlock:
         from fastpetl.backends import for_op
 
         adapter = self._modules.get(name)
-        return x + f if adapter is None else _adapter(adapter, x, (x, f), for_op("adapter", self._fastpetl_backend))
+        if adapter is None:
+            return x + f
+        return fused_adapter(adapter, x, (x, f), for_op("adapter", self._fastpetl_backend), "relu")
 
 
 def _adapters_reason(block) -> str | None:

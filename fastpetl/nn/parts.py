@@ -71,10 +71,6 @@ def drop(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     return F.dropout(x, p) if training and p > 0 else x
 
 
-def same_bias(*linears: nn.Linear) -> bool:
-    return len({linear.bias is None for linear in linears}) == 1
-
-
 def key_mask(mask: torch.Tensor | None, batch: int, keys: int) -> tuple[bool, torch.Tensor | None]:
     """Semantics: (does the mask [B or 1, 1, Q or 1, K] depend on the key alone, as additive fp32 [B, K]).
 

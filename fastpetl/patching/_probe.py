@@ -42,7 +42,10 @@ def probe_reason(rule, module: nn.Module) -> str | None:
             except Exception as error:
                 return f"its forward does not take the original's call ({type(error).__name__}: {error})"
             trial.__class__ = fused
-            got = fused.forward(trial, *args, **kwargs)
+            try:
+                got = fused.forward(trial, *args, **kwargs)
+            except Exception as error:
+                return f"it lacks what the fused forward reads ({type(error).__name__}: {error})"
             reason = trial.__dict__.get("_fastpetl_fallback") or _difference(want, got, rule.omits)
             if reason is not None:
                 return reason

@@ -23,7 +23,7 @@ class Policy:
     copies: int = 1
 
     def masks(self, x: torch.Tensor, n_blocks: int, training: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__}.masks is not defined, expected every policy to define it")
 
 
 def _capacity(value, function: str):

@@ -202,9 +202,25 @@ class Uncopyable(Block):
         raise RuntimeError("one of a kind")
 
 
+class OtherNames(Block):
+    """The same arithmetic, but the number of heads has another name."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn.heads = self.attn.__dict__.pop("num_heads")
+
+    def forward(self, x, mask=None):
+        self.attn.num_heads = self.attn.heads
+        try:
+            return super().forward(x, mask)
+        finally:
+            del self.attn.num_heads
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (OtherNames, "it lacks what the fused forward reads (AttributeError"),
         (Scaled, "its forward is not the original's: output 0 differs by"),
         (OneOutput, "its forward gives a Tensor, expected a tuple"),
         (NoMask, "its forward does not take the original's call (TypeError"),
@@ -238,6 +254,16 @@ def test_declined_by_its_children():
     wrapped.attn.qkv = nn.Sequential(wrapped.attn.qkv)
     model = nn.Sequential(wrapped)
     assert "attn.qkv is torch.nn.modules.container.Sequential" in rows(fastpetl.patch(model))["0"].reason
+
+
+def test_an_adapter_that_knows_no_dropout():
+    plain = made()
+    for module in plain.modules():
+        module.__dict__.pop("dropout", None)
+    adapters = [m for m in plain.modules() if isinstance(m, Adapter_Layer)]
+    assert adapters and not any(hasattr(m, "dropout") for m in adapters)
+    rows_of = rows(fastpetl.patch(plain))  # their forward cannot run without it: declined, and patch goes on
+    assert "does not take the original's call (AttributeError" in rows_of["adapter_list.0.0"].reason
 
 
 def test_adapter_dropout_takes_the_original_forward_in_training():

@@ -323,7 +323,7 @@ def test_callables():
         policies.Callback(3)
     with pytest.raises(ValueError, match="Masks: mask is list, expected a bool tensor"):
         policies.Masks([[True]])
-    with pytest.raises(NotImplementedError):
+    with pytest.raises(NotImplementedError, match="Policy.masks is not defined, expected every policy to define it"):
         policies.Policy().masks(None, 1, True)
 
 
