@@ -244,6 +244,24 @@ def test_declined(make, reason):
     assert reason in rows(model)["0"].reason and rows(model)["0"].status == "declined"
 
 
+class Doubled(AdapterBlock):
+    """Differs only in what its adapter adds, which is nothing as long as the adapter is at its initial zero."""
+
+    def forward(self, x, mask=None):
+        y, weights = super().forward(x, mask)
+        h = x + self.attn(self.norm1(x), mask)[0] + self.adapter0(x, add_residual=False)
+        return y + self.adapter1(h, add_residual=False), weights
+
+
+def test_what_starts_at_zero_is_compared_as_well():
+    block = Doubled().eval()
+    for p in block.adapter1.up_proj.parameters():
+        torch.nn.init.zeros_(p)
+    model = fastpetl.patch(nn.Sequential(block))
+    assert "its forward is not the original's" in rows(model)["0"].reason
+    assert not block.adapter1.up_proj.weight.any()
+
+
 def test_declined_by_its_children():
     block, adapter = Block(), Adapter_Layer(16, 4)
     block.extra, adapter.extra = nn.Identity(), nn.Identity()

@@ -311,6 +311,30 @@ def test_router_learns_what_to_keep():
         router.masks(torch.randn(3, 2, 32), 5, True)
 
 
+def test_router_gets_the_gradient_of_its_blocks_scale():
+    """Without the penalty: dp is the gradient of a scale of 1 on what the kept blocks add."""
+    model = tiny_das(patch=True).train()
+    router = policies.Router(32, 4)
+    torch.nn.init.normal_(router.gate.weight, std=0.3)
+    seen = []
+
+    class Known(policies.Policy):
+        def masks(self, x, n_blocks, training):
+            mask, _ = router.masks(x, n_blocks, training)
+            p = torch.sigmoid(router.gate(x.detach().mean(1))).detach()
+            scale = torch.ones_like(p).requires_grad_()
+            seen.append((p, scale))
+            return mask, scale
+
+    with fastpetl.skip(model, Known()):
+        run(model).logits.square().sum().backward()
+    p, scale = seen[0]
+    want = (scale.grad * p * (1 - p)).sum(0)
+    with fastpetl.skip(model, router):
+        run(model).logits.square().sum().backward()
+    assert want.abs().max() > 1e-6 and relative(router.gate.bias.grad, want) <= 1e-4
+
+
 def test_callables():
     model, seen = tiny_das(), []
 
