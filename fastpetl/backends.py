@@ -37,7 +37,7 @@ BACKENDS = {
     "adapter": ("cpp", "triton", "reference"),
     "linear": ("cpp", "onednn", "torch", "reference"),
     "attention": ("cpp", "torch", "reference"),
-    "residual_norm": ("cpp", "reference"),
+    "residual_norm": ("cpp", "torch", "reference"),
     "phm": ("cpp", "reference"),
 }
 _AUTO = {
@@ -45,14 +45,14 @@ _AUTO = {
     ("adapter", "cuda"): ("triton", "reference"),
     ("linear", "cpu"): ("cpp", "onednn", "torch"),
     ("attention", "cpu"): ("cpp", "reference", "torch"),
-    ("residual_norm", "cpu"): ("cpp", "reference"),
+    ("residual_norm", "cpu"): ("cpp", "torch"),
     ("phm", "cpu"): ("cpp", "reference"),
 }
 _ELSEWHERE = {  # devices without kernels of ours
     "adapter": "reference",
     "linear": "torch",
     "attention": "torch",
-    "residual_norm": "reference",
+    "residual_norm": "torch",
     "phm": "reference",
 }
 _NAMES = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
@@ -168,7 +168,7 @@ def candidates(op: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> t
 
 def serving(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> tuple[str, ...]:
     """Semantics: the backends to choose from by measurement: `candidates` on "auto", else only the one asked for."""
-    forced = os.environ.get("FASTPETL_BACKEND", "auto")
+    forced = _environment("FASTPETL_BACKEND") or "auto"
     if backend == "auto" and (forced == "auto" or forced in _NAMES and forced not in BACKENDS[op]):
         return candidates(op, device, dtype, head_dim)
     return (resolve_for(op, backend, device, dtype, head_dim).name,)
@@ -189,8 +189,16 @@ def resolve(op: str, backend: str, tensors, spec=None) -> Choice:
 
 def resolve_for(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> Choice:
     """Semantics: as `resolve`, before there are tensors (patch time, torch.compile)."""
-    forced = os.environ.get("FASTPETL_BACKEND", "auto") if backend == "auto" else "auto"
-    return _resolve(op, backend, forced, device, dtype, head_dim, os.environ.get("TRITON_INTERPRET"))
+    forced = _environment("FASTPETL_BACKEND") or "auto" if backend == "auto" else "auto"
+    return _resolve(op, backend, forced, device, dtype, head_dim, _environment("TRITON_INTERPRET"))
+
+
+def _environment(name: str) -> str | None:
+    """os.environ.get without its detour, a microsecond a look, several looks a call: is it there at all?"""
+    return os.environ.get(name) if _encoded(name) in os.environ._data else None
+
+
+_encoded = functools.cache(os.environ.encodekey)
 
 
 # Dynamo evaluates this once while tracing: the backend becomes a constant of the compiled code.
@@ -287,6 +295,12 @@ def tuned() -> dict[tuple, Tuned]:
 def forget() -> None:
     """Semantics: drop all measurements; the next call of each shape class measures again."""
     _TUNED.clear()
+
+
+def picked(key: tuple) -> str | None:
+    """Semantics: what `pick` found for `key`, None if nothing has been measured or measuring is turned off."""
+    found = _TUNED.get(key)
+    return None if found is None else found.name
 
 
 def pick(key: tuple, runs: dict, baseline: str, tolerance: float) -> str:

@@ -2,6 +2,7 @@
 asserted.
 """
 
+import dataclasses
 import json
 
 import pytest
@@ -40,6 +41,44 @@ def test_command_line_writes_the_schema(tmp_path, capsys):
     assert found["machine"][0]["threads"] == 2 and found["machine"][0]["versions"]["torch"] == torch.__version__
     for word in ("patched against", "ratio of medians", "saved for backward", "checked before timing", "threads"):
         assert word in printed
+
+
+def test_models_at_another_batch_has_no_bars(tmp_path):
+    file = tmp_path / "bench.json"
+    only = "vlbart/fp32/train/patched,vlt5/fp32/train/patched,vlt5/fp32/memory/patched"
+    command = ["models", "--tiny", "--quick", "--batch", "1", "--only", only, "--json", str(file)]
+    assert fastpetl.bench.main(command) == 0
+    found = json.loads(file.read_text())
+    assert [(row["model"], row["variant"], row["status"]) for row in found["rows"]] == [
+        (model, name, "ok") for model in ("vlbart", "vlt5") for name in ("eager", "patched")
+    ]
+    assert [(r["bar"], r["met"]) for r in found["ratios"]] == [(None, None)] * 2
+    assert [(m["model"], m["variant"]) for m in found["memory"]] == [("vlt5", "patched")]
+    assert all("batch 1" in facts["config"]["workload"] for facts in found["machine"])
+
+
+def test_batch_is_for_models(capsys):
+    assert fastpetl.bench.main(["ops", "--batch", "2"]) == 2
+    assert "--batch is for vilt and models, not for ops" in capsys.readouterr().err
+    assert fastpetl.bench.main(["vilt", "--batch", "-1"]) == 2
+    assert "--batch is -1, expected a positive number" in capsys.readouterr().err
+
+
+def test_a_wrong_baseline_is_a_row_that_says_so(monkeypatch):
+    def wrong(self, *args, **kwargs):
+        out = original(self, *args, **kwargs)
+        out.logits = out.logits * (1.1 if self.name == "compile" else 1)
+        return out
+
+    original = variant.Variant.forward
+    monkeypatch.setattr(variant.Variant, "forward", wrong)
+    eager_only = dataclasses.replace(workloads.VLBART, compile=lambda model: None)
+    only = ("fp32/inference/patched", "fp32/inference/compile")
+    found = models.measure(models.Plan(eager_only, True, only=only, **QUIET), "fp32")
+    statuses = {row["variant"]: row["status"] for row in found["rows"]}
+    assert statuses["patched"] == statuses["eager"] == "ok"
+    assert "logits differ from eager's by 1.0e-01, expected at most" in statuses["compile"]
+    assert [r["against"] for r in models.ratios(found["rows"])] == ["eager"]
 
 
 def test_only_that_matches_nothing_says_so(capsys):

@@ -1,5 +1,4 @@
-// s = x + drop(f), n = norm(s): one pass over the rows forward; backward one pass, then column sums for the norm's
-// parameters, parallel over columns with all rows as the reduction: the same bits for any number of threads.
+// s = x + drop(f), n = norm(s): one pass over the rows forward, one backward; the same bits for any number of threads.
 #pragma once
 #include "pack.h"
 
@@ -84,33 +83,58 @@ template <class T> struct ResidualNorm {
     });
   }
 
+  // One pass: the sums for the norm's parameters are taken while a row is at hand, per CHUNK of rows, whatever the
+  // number of threads, and then added up in order.
   static void backward(const fp_residual_norm& p) {
-    const int64_t d = p.d, width = round_up(d, 64) + 64;
+    constexpr int64_t CHUNK = 32;
+    const int64_t d = p.d, width = round_up(d, 64) + 64, chunks = (p.rows + CHUNK - 1) / CHUNK;
     const float* gamma = load_vector<T>(2, p.weight, d);
     const Dropout drop(p.seed, p.dropout);
-    if (p.dx || p.df) parallel(p.rows, grain(24. * d), [&](int64_t begin, int64_t end) {
-      float *g = scratch<float>(4, width), *row = scratch<float>(5, width), *factor = scratch<float>(6, width);
-      for (int64_t i = begin; i < end; ++i) {
-        if (p.g_n) {
-          load_row((const T*)p.g_n + i * d, g, d, width);
-          load_row((const T*)p.s_in + i * d, row, d, width);
-          if (p.tail == LAYERNORM) row_norm_grad(g, row, d, p.stats[2 * i], p.stats[2 * i + 1], gamma);
-          else rms_grad(g, row, d, p.stats[2 * i + 1], gamma);
-          if (p.g_s) for (int64_t j = 0; j < d; j += VL) store(g + j, load(g + j) + load((const T*)p.g_s + i * d + j, d - j));
-        } else {
-          load_row((const T*)p.g_s + i * d, g, d, width);
-        }
-        if (p.dx) store_row((T*)p.dx + i * d, g, d);
-        if (!p.df) continue;
-        if (skipped(p, i)) memset(g, 0, d * 4);
-        else if (p.dropout > 0) {
-          drop.fill(i * d, d, factor);
-          for (int64_t j = 0; j < d; j += VL) store(g + j, load(g + j) * load(factor + j));
-        }
-        store_row((T*)p.df + i * d, g, d);
+    float* part = p.dweight || p.dbias ? scratch<float>(0, chunks * 2 * width) : nullptr;
+    parallel(chunks, grain(24. * d * CHUNK), [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t) {
+        float* sums = part ? part + t * 2 * width : nullptr;
+        if (sums) memset(sums, 0, 2 * width * 4);
+        for (int64_t i = t * CHUNK; i < p.rows && i < (t + 1) * CHUNK; ++i) backward_row(p, i, drop, gamma, sums, width);
       }
     });
-    if (p.dweight || p.dbias) columns(p);
+    if (!part) return;
+    for (int64_t t = 1; t < chunks; ++t)
+      for (int64_t j = 0; j < 2 * width; j += VL) store(part + j, load(part + j) + load(part + t * 2 * width + j));
+    if (p.dweight) store_row((T*)p.dweight, part, d);
+    if (p.dbias) store_row((T*)p.dbias, part + width, d);
+  }
+  static void backward_row(const fp_residual_norm& p, int64_t i, const Dropout& drop, const float* gamma, float* sums, int64_t width) {
+    const int64_t d = p.d;
+    float *g = scratch<float>(4, width), *row = scratch<float>(5, width);
+    if (p.g_n) {
+      load_row((const T*)p.g_n + i * d, g, d, width);
+      load_row((const T*)p.s_in + i * d, row, d, width);
+      const float mean = p.stats[2 * i], rstd = p.stats[2 * i + 1];
+      if (sums) add_sums(g, row, d, mean, rstd, sums, sums + width);
+      if (!p.dx && !p.df) return;
+      if (p.tail == LAYERNORM) row_norm_grad(g, row, d, mean, rstd, gamma);
+      else rms_grad(g, row, d, rstd, gamma);
+      if (p.g_s) for (int64_t j = 0; j < d; j += VL) store(g + j, load(g + j) + load((const T*)p.g_s + i * d + j, d - j));
+    } else {
+      load_row((const T*)p.g_s + i * d, g, d, width);
+    }
+    if (p.dx) store_row((T*)p.dx + i * d, g, d);
+    if (!p.df) return;
+    if (skipped(p, i)) memset(g, 0, d * 4);
+    else if (p.dropout > 0) {
+      float* factor = scratch<float>(6, width);
+      drop.fill(i * d, d, factor);
+      for (int64_t j = 0; j < d; j += VL) store(g + j, load(g + j) * load(factor + j));
+    }
+    store_row((T*)p.df + i * d, g, d);
+  }
+  // weight += g xhat, bias += g; what lies behind d is never read
+  static void add_sums(const float* g, const float* row, int64_t d, float mean, float rstd, float* weight, float* bias) {
+    for (int64_t j = 0; j < d; j += VL) {
+      store(weight + j, fma(load(g + j), (load(row + j) - splat(mean)) * splat(rstd), load(weight + j)));
+      store(bias + j, load(bias + j) + load(g + j));
+    }
   }
   static void rms_grad(float* g, const float* x, int64_t d, float rstd, const float* gamma) {
     vf s = {};
@@ -121,32 +145,6 @@ template <class T> struct ResidualNorm {
     }
     const vf mean = splat(sum(s) / d);
     for (int64_t j = 0; j < d; j += VL) store(g + j, (load(g + j) - load(x + j) * splat(rstd) * mean) * splat(rstd), d - j);
-  }
-  // dweight = sum g_n xhat, dbias = sum g_n, over panels of columns; sums of CHUNK rows are added up, as a tree's leaves
-  static void columns(const fp_residual_norm& p) {
-    constexpr int64_t PANEL = 64, CHUNK = 128;
-    const int64_t d = p.d;
-    parallel((d + PANEL - 1) / PANEL, grain(6. * p.rows * PANEL), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t j0 = t * PANEL, n = d - j0 < PANEL ? d - j0 : PANEL;
-        alignas(64) float w[PANEL] = {}, b[PANEL] = {};
-        for (int64_t i0 = 0; i0 < p.rows; i0 += CHUNK) {
-          alignas(64) float cw[PANEL] = {}, cb[PANEL] = {};
-          for (int64_t i = i0; i < p.rows && i < i0 + CHUNK; ++i) {
-            const T *g = (const T*)p.g_n + i * d + j0, *s = (const T*)p.s_in + i * d + j0;
-            const vf mean = splat(p.stats[2 * i]), rstd = splat(p.stats[2 * i + 1]);
-            for (int64_t j = 0; j < n; j += VL) {
-              const vf gv = load(g + j, n - j);
-              store(cw + j, fma(gv, (load(s + j, n - j) - mean) * rstd, load(cw + j)));
-              store(cb + j, load(cb + j) + gv);
-            }
-          }
-          for (int64_t j = 0; j < PANEL; j += VL) store(w + j, load(w + j) + load(cw + j)), store(b + j, load(b + j) + load(cb + j));
-        }
-        if (p.dweight) store_row((T*)p.dweight + j0, w, n);
-        if (p.dbias) store_row((T*)p.dbias + j0, b, n);
-      }
-    });
   }
 };
 

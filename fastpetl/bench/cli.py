@@ -27,6 +27,12 @@ ROUNDS = {
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if args.batch and args.what not in plan.MODELS:
+        print(f"bench: --batch is for {' and '.join(plan.MODELS)}, not for {args.what}", file=sys.stderr)
+        return 2
+    if args.batch < 0:
+        print(f"bench: --batch is {args.batch}, expected a positive number", file=sys.stderr)
+        return 2
     only = tuple(part for part in args.only.split(",") if part)
     jobs = [{"kind": "time", "dtype": "fp32" if args.what == "skip" else "all"}]
     if args.what in plan.MODELS:
@@ -36,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     common = {
         "what": args.what,
+        "batch": args.batch,
         "tiny": args.tiny,
         "only": only,
         "rounds": ROUNDS[args.what][args.quick],
@@ -77,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         help="run what contains a PART: vilt fp32/train/patched or bf16/memory/eager, models vlbart/fp32, "
         "ops fp32/adapter/r96/forward/cpp, skip train/static or scoring",
     )
+    parser.add_argument("--batch", type=int, default=0, metavar="N", help="vilt, models: N samples a batch (no bars)")
     parser.add_argument("--losses", action="store_true", help="vilt: compare 50 training losses as well (minutes)")
     parser.add_argument("--default-malloc", action="store_true", help="leave glibc's malloc as it is")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests: sizes that mean nothing

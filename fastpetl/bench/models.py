@@ -20,9 +20,13 @@ class Plan:
 
     work: Workload
     tiny: bool = False
+    batch: int = 0  # samples a batch; 0: the workload's
     rounds: int = 9
     only: tuple[str, ...] = ()
     patience: float = 120.0  # seconds spent on waiting for a quiet machine, per group of variants
+
+    def sizes(self) -> dict:
+        return {"batch": self.batch} if self.batch else {}
 
     def variants(self, dtype: str, mode: str) -> list[str]:
         return model_variants(self.only, self.work.name, dtype, mode)
@@ -47,7 +51,7 @@ def measure(plan: Plan, dtype: str, progress=lambda what: None) -> dict:
     unavailable = {"routed": vm.route_reason()} if any("routed" in names for names in wanted.values()) else {}
     unavailable = {name: reason for name, reason in unavailable.items() if reason}
     base = plan.work.build(plan.tiny).to(vm.DTYPES[dtype])
-    batch = plan.work.batch(base, plan.tiny, vm.DTYPES[dtype])
+    batch = plan.work.batch(base, plan.tiny, vm.DTYPES[dtype], **plan.sizes())
     variants = {}
     for mode in MODES:
         for name in wanted[mode]:
@@ -72,7 +76,11 @@ def measure(plan: Plan, dtype: str, progress=lambda what: None) -> dict:
             continue
         truth = present["eager"] if dtype == "fp32" else _single(plan.work, base, batch)
         progress(f"{dtype} {mode}: compare")
-        checks += [{"model": plan.work.name, **c} for c in vm.verify(present, dtype, mode, truth)]
+        found = vm.verify(present, dtype, mode, truth)
+        checks += [{"model": plan.work.name, **c} for c in found]
+        for check in (c for c in found if not c["met"] and present.pop(c["variant"], None)):
+            row = {"model": plan.work.name, "dtype": dtype, "mode": mode, "variant": check["variant"]}
+            rows.append({**row, "status": vm.difference(check)})
         del truth
         gc.collect()
         calls = {name: (v.infer if mode == "inference" else v.step) for name, v in present.items()}
@@ -127,7 +135,7 @@ def memory(plan: Plan, dtype: str, name: str) -> dict:
     step_peak_mib: highest resident memory of two steps after the first. process_peak_mib: of the whole process, first
     step (in which the patched model measures its backends) and imports included.
     """
-    variant = vm.make(name, plan.work, plan.tiny, dtype)
+    variant = vm.make(name, plan.work, plan.tiny, dtype, **plan.sizes())
     first = variant.step()
     whole = high_water_mib()
     try:
@@ -183,9 +191,9 @@ def high_water_mib() -> float | None:
 # --- ratios -----------------------------------------------------------------------------------------------------------
 
 
-def ratios(rows: list[dict]) -> list[dict]:
+def ratios(rows: list[dict], bars: bool = True) -> list[dict]:
     """Semantics: patched against every other variant of its model, dtype and mode: ratio of medians, the bar, met or
-    not.
+    not. bars: False at other sizes than the bars are for.
     """
     ms = {(r["model"], r["dtype"], r["mode"], r["variant"]): r["ms"] for r in rows if r["status"] == "ok"}
     found = []
@@ -193,7 +201,7 @@ def ratios(rows: list[dict]) -> list[dict]:
         patched = ms.get((model, dtype, mode, "patched"))
         if name == "patched" or patched is None:
             continue
-        bar = WORKLOADS[model].bars.get((dtype, mode, name))
+        bar = WORKLOADS[model].bars.get((dtype, mode, name)) if bars else None
         ratio = base / patched
         met = None if bar is None else ratio >= bar
         head = {"model": model, "dtype": dtype, "mode": mode}

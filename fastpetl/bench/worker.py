@@ -49,7 +49,7 @@ def _plan(job: dict):
         return ops.Plan(cases.TINY if job["tiny"] else cases.Size(), **common)
     if job["what"] == "skip":
         return skip.Plan(tiny=job["tiny"], **common)
-    return models.Plan(workloads.WORKLOADS[job["model"]], job["tiny"], **common)
+    return models.Plan(workloads.WORKLOADS[job["model"]], job["tiny"], job["batch"], **common)
 
 
 def _steps(job: dict) -> int:
@@ -83,7 +83,7 @@ def _measure(job: dict, progress) -> dict:
         found = skip.measure(plan, progress)
     else:
         found = models.measure(plan, job["dtype"], progress)
-        found["ratios"] = models.ratios(found["rows"])
+        found["ratios"] = models.ratios(found["rows"], bars=not job["batch"])
     facts["pinned"] = machine.pinned()  # only now have all threads started
     facts["config"] = {"dtype": job["dtype"], **_config(job, plan)}
     return {"machine": [facts], **found}
@@ -94,7 +94,8 @@ def _config(job: dict, plan) -> dict:
 
     if job["what"] in ("ops", "skip"):
         return dataclasses.asdict(plan)
-    return {"model": plan.work.name, "workload": plan.work.title, "tiny": plan.tiny, "rounds": plan.rounds}
+    title = plan.work.title if not plan.batch else f"{plan.work.title}; here batch {plan.batch}"
+    return {"model": plan.work.name, "workload": title, "tiny": plan.tiny, "rounds": plan.rounds}
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from torch import nn
 class Workload:
     """One model and its batches.
 
-    build(tiny): the attached, unpatched fp32 model in eval mode. batch(model, tiny, dtype, seed): the arguments of a
-    training forward, which returns an object with `loss` and `logits`. for_inference: what of them inference gets.
+    build(tiny): the attached, unpatched fp32 model in eval mode. batch(model, tiny, dtype, seed, batch): the arguments
+    of a training forward, which returns an object with `loss` and `logits`. for_inference: what of them inference gets.
     compile: compiles what of the model compiles without graph breaks. bars: (dtype, mode, against) -> the ratio that
     `patched` must reach.
     """
@@ -66,9 +66,9 @@ def _vilt(tiny: bool) -> nn.Module:
     return spread(model)
 
 
-def _vilt_batch(model, tiny: bool, dtype: torch.dtype, seed: int = 1, batch: int = 8) -> dict:
+def _vilt_batch(model, tiny: bool, dtype: torch.dtype, seed: int = 1, batch: int | None = None) -> dict:
     """ViT-B/32: 40 text tokens + 12 x 20 patches + 1 = 281 tokens."""
-    batch, text, image = (2, 8, (32, 48)) if tiny else (batch, 40, (384, 640))
+    batch, text, image = (batch or 2, 8, (32, 48)) if tiny else (batch or 8, 40, (384, 640))
     generator = torch.Generator().manual_seed(seed)
     return {
         "input_ids": torch.randint(0, model.config.vocab_size, (batch, text), generator=generator),
@@ -131,9 +131,9 @@ def _seq2seq(kind: str, tiny: bool) -> nn.Module:
     return spread(model, ("q_proj.weight", "k_proj.weight", "Attention.q.weight", "Attention.k.weight"))
 
 
-def _seq2seq_batch(model, tiny: bool, dtype: torch.dtype, seed: int = 1, batch: int = 16) -> dict:
+def _seq2seq_batch(model, tiny: bool, dtype: torch.dtype, seed: int = 1, batch: int | None = None) -> dict:
     """20 text and 36 image tokens, an answer of 5, for VQA."""
-    batch, text, image = (2, 5, 9) if tiny else (batch, 20, 36)
+    batch, text, image = (batch or 2, 5, 9) if tiny else (batch or 16, 20, 36)
     generator, vocab = torch.Generator().manual_seed(seed), model.config.vocab_size
     return {
         "input_ids": torch.randint(3, vocab - 10, (batch, text), generator=generator),

@@ -10,6 +10,7 @@ from fastpetl.skip.plan import check_shortcut
 
 # Names of the parameters that are trained: the paper's rule, which holds for Hugging Face's names as well.
 TRAINABLE = ("classifier", "pooler", "token_type_embeddings", "rank_output", "adapter")
+FROZEN = ("text_transformer", "vit_model")  # METER's towers: none of their poolers and embeddings
 ACTIVATIONS = ("identity", "relu", "gelu", "gelu_tanh", "silu")
 
 
@@ -20,7 +21,9 @@ class DASConfig:
 
     bottleneck, skip_bottleneck: None is the paper's for the model family found (ViLT: 96 and 192). reduction_factor:
     instead of bottleneck, bottleneck = hidden // reduction_factor. shortcut: what skipped blocks give, "adapter", or
-    "identity": then no shortcut adapters are made. Trained are the adapters, pooler, classifier, token type
+    "identity": then no shortcut adapters are made. classifier_token: METER's first text
+    token is a trained one (the original's code does so, the paper does not say so); None is what the original does:
+    True for METER, False for ViLT, which has no such thing. Trained are the adapters, pooler, classifier, token type
     embeddings and rank_output.
     """
 
@@ -30,6 +33,7 @@ class DASConfig:
     activation: str = "relu"
     scale: float = 1.0
     shortcut: str = "adapter"
+    classifier_token: bool | None = None
 
     def __post_init__(self):
         for name in ("bottleneck", "skip_bottleneck", "reduction_factor"):
@@ -42,6 +46,8 @@ class DASConfig:
             raise ValueError(f"DASConfig: activation is {self.activation!r}, expected one of {', '.join(ACTIVATIONS)}")
         if not isinstance(self.scale, (int, float)) or isinstance(self.scale, bool):
             raise ValueError(f"DASConfig: scale is {self.scale!r}, expected a number")
+        if self.classifier_token not in (None, True, False):
+            raise ValueError(f"DASConfig: classifier_token is {self.classifier_token!r}, expected True, False or None")
         if self.shortcut is None:
             raise ValueError("DASConfig: shortcut is None, expected one of adapter, identity")
         check_shortcut(self.shortcut, "DASConfig")
@@ -62,7 +68,13 @@ class DASConfig:
             bottleneck=self.bottleneck or bottleneck,
             skip_bottleneck=self.skip_bottleneck or skip_bottleneck,
             reduction_factor=None,
+            classifier_token=self._classifier_token(family),
         )
+
+    def _classifier_token(self, family) -> bool:
+        if self.classifier_token and not family.classifier_token:
+            raise ValueError(f"DASConfig: classifier_token is True, expected None or False for {family.name}")
+        return family.classifier_token if self.classifier_token is None else self.classifier_token
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -70,4 +82,4 @@ class DASConfig:
     @staticmethod
     def trainable(name: str) -> bool:
         """Semantics: does DAS train the parameter of this name?"""
-        return any(part in name for part in TRAINABLE)
+        return any(part in name for part in TRAINABLE) and not any(part in name for part in FROZEN)

@@ -7,6 +7,11 @@ import importlib
 
 # public name -> module that defines it
 _NAMES = {
+    "MeterConfig": "fastpetl.models.meter",
+    "MeterForImageAndTextRetrieval": "fastpetl.models.meter",
+    "MeterForImagesAndTextClassification": "fastpetl.models.meter",
+    "MeterForQuestionAnswering": "fastpetl.models.meter",
+    "MeterModel": "fastpetl.models.meter",
     "VLBart": "fastpetl.models.vlbart",
     "VLBartConfig": "fastpetl.models.vlbart",
     "VLT5": "fastpetl.models.vlt5",

@@ -5,13 +5,14 @@ Source: `Adapter` and `AdapterController` of ylsung/VL_adapter (CVPR 2022); para
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from fastpetl.nn.adapter import ACTIVATIONS
-from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure
+from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure, structure_reason
 
 SHARINGS = ("single", "half", "multiple")
 
@@ -108,7 +109,7 @@ class FusedAdapterController(AdapterController):
     _fastpetl_fallback = None
 
     def forward(self, x: torch.Tensor, task: str | None = None) -> torch.Tensor:
-        reason = call_reason(self, controller_structure(self), x)
+        reason = call_reason(self, _norms(self), x) or _adapter_reason(self, task, x)
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(x, task)
@@ -118,15 +119,34 @@ class FusedAdapterController(AdapterController):
 FusedAdapterController.__name__ = AdapterController.__name__  # accelerate and others match modules by class name
 
 _LINEARS = structure(down_sampler=nn.Linear, up_sampler=nn.Linear)
-_NORMS = ("pre_layer_norm", "post_layer_norm")
+_NORMS = structure(pre_layer_norm=nn.LayerNorm, post_layer_norm=nn.LayerNorm)
 CONTROLLERS = (AdapterController, FusedAdapterController)
 
 
 def controller_structure(controller: AdapterController) -> dict[str, Inlined]:
     """What a fused controller reads past its children's forward."""
     adapters = {task: Inlined(TaskAdapter, _LINEARS) for task in controller.adapters._modules}
-    norms = {name: nn.LayerNorm for name in _NORMS if name in controller._modules}
-    return structure(adapters=Inlined(nn.ModuleDict, adapters), **norms)
+    return structure(adapters=Inlined(nn.ModuleDict, adapters)) | _norms(controller)
+
+
+def _norms(controller) -> dict[str, Inlined]:
+    there = controller._modules
+    return {name: inlined for name, inlined in _NORMS.items() if name in there}
+
+
+def _adapter_reason(controller, task, x) -> str | None:
+    """Semantics: why the adapter of `task` must be called and not read; the others are not looked at."""
+    adapters = controller._modules["adapters"]
+    if type(adapters) is not nn.ModuleDict:
+        return f"adapters is a {type(adapters).__name__}, expected a ModuleDict"
+    controller.adapter(task)  # raises for a task it does not know
+    name = next(iter(adapters._modules)) if task is None else task
+    return structure_reason(adapters, _one(name), x.dtype, x.device, "adapters.")
+
+
+@functools.lru_cache(maxsize=256)
+def _one(task: str) -> dict[str, Inlined]:
+    return structure(**{task: Inlined(TaskAdapter, _LINEARS)})
 
 
 def fused_controller(controller: AdapterController, x: torch.Tensor, task: str | None, backend: str) -> torch.Tensor:

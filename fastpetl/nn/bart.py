@@ -14,6 +14,7 @@ from fastpetl.nn.bart_adapters import AdapterBartDecoderLayer, AdapterBartEncode
 from fastpetl.nn.inline import structure
 from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface, key_mask
 
+_FEED_FORWARD = structure(fc1=nn.Linear, fc2=nn.Linear)
 PROJECTIONS = structure(q_proj=nn.Linear, k_proj=nn.Linear, v_proj=nn.Linear, out_proj=nn.Linear)
 
 
@@ -62,10 +63,7 @@ class FusedBartAttention(Fused, hf.BartAttention):
 
 
 class _FusedLayer(Fused):
-    @classmethod
-    def structure_of(cls, layer):
-        norms = {name: nn.LayerNorm for name in cls._norms}
-        return structure(fc1=nn.Linear, fc2=nn.Linear, **norms)
+    structure: dict
 
     def _site(self, x, f, adapter: str, task, norm):
         """Semantics: norm(x + drop(A(f))), without A where the layer has no such adapter."""
@@ -83,12 +81,12 @@ class _FusedLayer(Fused):
 
 
 class _FusedEncoder(_FusedLayer):
-    _norms = ("self_attn_layer_norm", "final_layer_norm")
+    structure = structure(self_attn_layer_norm=nn.LayerNorm, final_layer_norm=nn.LayerNorm, **_FEED_FORWARD)
 
     def forward(self, hidden_states, attention_mask=None, task=None, **kwargs):
         x = hidden_states
         told = {} if task is None else {"task": task}
-        if self._declines(self.structure_of(self), x):
+        if self._declines(self.structure, x):
             return super().forward(x, attention_mask, **told, **kwargs)
         f, _ = self.self_attn(x, attention_mask=attention_mask, **kwargs)
         x = self._site(x, f, "attn_adapter", task, self.self_attn_layer_norm)
@@ -100,7 +98,7 @@ class _FusedEncoder(_FusedLayer):
 
 
 class _FusedDecoder(_FusedLayer):
-    _norms = ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm")
+    structure = _FusedEncoder.structure | structure(encoder_attn_layer_norm=nn.LayerNorm)
 
     def forward(
         self,
@@ -115,7 +113,7 @@ class _FusedDecoder(_FusedLayer):
     ):
         x, source, past = hidden_states, encoder_hidden_states, past_key_values
         told = {} if task is None else {"task": task}
-        if self._declines(self.structure_of(self), x):
+        if self._declines(self.structure, x):
             return super().forward(x, attention_mask, source, encoder_attention_mask, past, use_cache, **told, **kwargs)
         f, _ = self.self_attn(x, past_key_values=past, attention_mask=attention_mask, **kwargs)
         x = self._site(x, f, "self_attn_adapter", task, self.self_attn_layer_norm)

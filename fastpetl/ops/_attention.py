@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from .. import backends
 from ._common import wide
+from ._measured import choose as measured
 
 
 def run_forward(name, qkv, key_mask, heads, scale, save):
@@ -40,27 +41,12 @@ def choose(backend, qkv, key_mask, heads, head_dim, grad, one) -> str:
     name = backends.resolve("attention", backend, qkv, head_dim).name
     names = backends.serving("attention", backend, qkv.device.type, qkv.dtype, head_dim)
     b, t, _ = qkv.shape
-    if len(names) == 1 or b * t == 0 or torch._C._are_functorch_transforms_active():
+    if b * t == 0:
         return name
-
-    def run(name):
-        if not grad:
-            return one(name, qkv)
-        with torch.enable_grad():
-            leaf = qkv.detach().requires_grad_()
-            y = one(name, leaf)
-            return torch.autograd.grad(y, leaf, y.detach())[0]
-
     size = (1 << (b - 1).bit_length(), 1 << (t - 1).bit_length(), heads, head_dim)
-    key = (
-        "attention+backward" if grad else "attention",
-        size,
-        qkv.dtype,
-        key_mask is not None,
-        torch.get_num_threads(),
-    )
+    key = (size, qkv.dtype, key_mask is not None)
     tolerance = 1e-5 if qkv.dtype == torch.float32 else 2e-2  # softmax magnifies the rounding of its scores
-    return backends.pick(key, {n: lambda n=n: run(n) for n in names}, "reference", tolerance)
+    return measured("attention", name, names, key, lambda n, t: one(n, t[0]), (qkv,), grad, "reference", tolerance)
 
 
 def heads_of(qkv, heads, parts=3):

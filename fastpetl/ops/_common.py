@@ -19,6 +19,11 @@ def check_input(function: str, name: str, x) -> None:
         raise ValueError(f"{function}: {name} has shape (), expected at least one dimension")
 
 
+def fits(t, shape, x) -> bool:
+    """Whether t passes check_like: asked first, because the messages cost more than the checks."""
+    return type(t) in _PLAIN and t.shape == shape and t.dtype is x.dtype and t.device == x.device
+
+
 def check_like(function: str, name: str, t, shape, why: str, x, x_name: str = "x", dtype=None) -> None:
     """t must have `shape`, x's device and `dtype` (by default x's); `why` says where the shape comes from."""
     if not isinstance(t, torch.Tensor):

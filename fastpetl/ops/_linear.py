@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from .. import backends
 from ._common import dense, wide
+from ._measured import rows_class
 
 NONE, NORM, GELU = 0, 1, 2  # prologues; the ABI of csrc/cpu
 
@@ -24,11 +25,31 @@ def run_forward(backend, x, weights, biases, prologue, weight, bias, eps, cache=
         return x.new_empty(0, n), x.new_empty((0, 2) if prologue == NORM else 0, dtype=wide(x))
     names = backends.serving("linear", backend, x.device.type, x.dtype)
     args = (x, weights, biases, prologue, weight, bias, eps)
-    name = names[0]
-    if len(names) > 1:
-        runs = {n: lambda n=n: _FORWARD[n](*args, cache)[0] for n in names}
-        name = backends.pick(_key("forward", x, weights, prologue, cache), runs, "torch", _tolerance(x, prologue))
+
+    def runs():
+        return {n: lambda n=n: _FORWARD[n](*args, cache)[0] for n in names}
+
+    name = _choose("forward", names, runs, x, weights, prologue, cache)
     return _FORWARD[name](*args, cache)
+
+
+def _choose(direction, names, runs, x, weights, prologue, cache):
+    if len(names) == 1:
+        return names[0]
+    key = (direction, *_shape(x, weights, prologue, cache))
+    return backends.picked(key) or backends.pick(key, runs(), "torch", _tolerance(x, prologue))
+
+
+def is_torch(backend, x, weights, prologue, cache, grad) -> bool:
+    """Semantics: is torch's own GEMM what this call, and with `grad` its backward too, is served by? False as well
+    while nothing has been measured.
+    """
+    names = backends.serving("linear", backend, x.device.type, x.dtype)
+    if len(names) == 1:
+        return names[0] == "torch"
+    shape = _shape(x, weights, prologue, None if grad else cache)
+    found = backends.picked(("forward", *shape)) == "torch"
+    return found and (not grad or backends.picked(("backward", *shape)) == "torch")
 
 
 def run_backward(backend, grad, x, stats, weights, prologue, weight):
@@ -38,20 +59,18 @@ def run_backward(backend, grad, x, stats, weights, prologue, weight):
         return grad.new_empty(0, weights[0].shape[1])
     names = backends.serving("linear", backend, grad.device.type, grad.dtype)
     args = (grad, x, stats, weights, prologue, dense(weight))
-    name = names[0]
-    if len(names) > 1:
-        runs = {n: lambda n=n: _BACKWARD[n](*args) for n in names}
-        name = backends.pick(_key("backward", grad, weights, prologue, None), runs, "torch", _tolerance(grad, prologue))
-    return _BACKWARD[name](*args)
+
+    def runs():
+        return {n: lambda n=n: _BACKWARD[n](*args) for n in names}
+
+    return _BACKWARD[_choose("backward", names, runs, grad, weights, prologue, None)](*args)
 
 
-def _key(direction, x, weights, prologue, cache):
+def _shape(x, weights, prologue, cache):
     """The shape class: rows by power of two, everything else exactly; threads too, since they move the winner."""
-    shapes = tuple(tuple(w.shape) for w in weights)
     return (
-        direction,
-        1 << (x.shape[0] - 1).bit_length(),
-        shapes,
+        rows_class(x),
+        tuple([w.shape for w in weights]),
         x.dtype,
         prologue,
         cache is not None,

@@ -14,6 +14,7 @@ from ._common import (
     check_input,
     check_like,
     first_order,
+    fits,
     grad_mask,
     needs_grad,
     number,
@@ -21,6 +22,7 @@ from ._common import (
     through_dispatcher,
     unflatten,
 )
+from ._measured import choose, rows_class
 
 __all__ = ["adapter", "adapter_reference"]
 
@@ -53,6 +55,8 @@ def adapter(
     kept for backward; see `adapter_reference` for where plain torch rounds.
     Gradients: for every tensor argument, computed only where wanted, deterministic; not differentiable twice except
     with backend="reference".
+    backend: "auto" on the CPU measures "cpp" and "reference" once per process and shape class, in eager fp32 code
+    (`fastpetl.backends.tuned()`; FASTPETL_TUNE=0 turns it off).
     """
     code = activation_code(activation)
     eps, scale = number("adapter", "eps", eps), number("adapter", "scale", scale)
@@ -66,7 +70,7 @@ def adapter(
     _check(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias)
     add_x, fused, late = False, [], []
     for i, r in enumerate(residuals):
-        check_like(
+        dtype is None and fits(r, stream.shape, x) or check_like(
             "adapter",
             f"residuals[{i}]",
             r,
@@ -113,12 +117,13 @@ def _check(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias) -> None:
             f"adapter: w_down has shape {tuple(w_down.shape)}, expected (bottleneck, hidden={d}) to match x"
         )
     r = w_down.shape[0]
-    check_like("adapter", "w_down", w_down, (r, d), "", x)
-    check_like("adapter", "w_up", w_up, (d, r), f"(hidden={d}, bottleneck={r}) to match w_down", x)
-    if b_down is not None:
+    fits(w_down, (r, d), x) or check_like("adapter", "w_down", w_down, (r, d), "", x)
+    if not fits(w_up, (d, r), x):
+        check_like("adapter", "w_up", w_up, (d, r), f"(hidden={d}, bottleneck={r}) to match w_down", x)
+    if b_down is not None and not fits(b_down, (r,), x):
         check_like("adapter", "b_down", b_down, (r,), f"(bottleneck={r},) to match w_down", x)
     for name, t in (("b_up", b_up), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if t is not None:
+        if t is not None and not fits(t, (d,), x):
             check_like("adapter", name, t, (d,), f"(hidden={d},) to match x", x)
     if norm_bias is not None and norm_weight is None:
         raise ValueError("adapter: norm_bias is given without norm_weight, expected both or norm_weight alone")
@@ -131,10 +136,11 @@ def _call(tensors, add_x, eps, code, scale, backend):
         name = backends.resolve_constant("adapter", backend, x.device.type, x.dtype).name
     else:
         name = backends.resolve("adapter", backend, x).name
-    if name == "reference":
-        residuals = [r for r in (x if add_x else None, res1, res2) if r is not None]
-        return _formula(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, eps, code, scale, residuals)
     grad = needs_grad(*tensors)
+    if name == "cpp" and backend == "auto" and not compiled:
+        name = _choose(tensors, add_x, eps, code, scale, grad)
+    if name == "reference":
+        return _plain(tensors, add_x, eps, code, scale)
     if compiled:
         flat = [None if t is None else rows(t) for t in (res1, res2)]
         y = torch.ops.fastpetl.adapter(
@@ -144,6 +150,32 @@ def _call(tensors, add_x, eps, code, scale, backend):
     if grad:
         return _Adapter.apply(*tensors, add_x, eps, code, scale, name)
     return run_forward(name, *tensors, add_x, eps, code, scale, False)[0].view(x.shape)
+
+
+def _plain(tensors, add_x, eps, code, scale):
+    *mine, res1, res2 = tensors
+    residuals = [r for r in (mine[0] if add_x else None, res1, res2) if r is not None]
+    return _formula(*mine, eps, code, scale, residuals)
+
+
+def _choose(tensors, add_x, eps, code, scale, grad) -> str:
+    x, w_down = tensors[:2]
+    if x.dtype != torch.float32 or x.numel() == 0:  # in other dtypes the fused kernel rounds less: not the same numbers
+        return "cpp"
+
+    def one(name, tensors):
+        if name == "reference":
+            return _plain(tensors, add_x, eps, code, scale)
+        if grad:
+            return _Adapter.apply(*tensors, add_x, eps, code, scale, name)
+        return run_forward(name, *tensors, add_x, eps, code, scale, False)[0]
+
+    names = backends.serving("adapter", "auto", x.device.type, x.dtype)
+    there = tuple([t is not None for t in tensors[2:]])
+    wanted = tuple([t is not None and t.requires_grad for t in tensors]) if grad else None
+    key = (rows_class(x), w_down.shape, code, add_x, scale != 1, there, wanted)
+    # Both are true fp32: the tolerance is for a ReLU that a rounding switches.
+    return choose("adapter", "cpp", names, key, one, tensors, grad, "reference", 1e-2)
 
 
 class _Adapter(torch.autograd.Function):

@@ -17,6 +17,7 @@ from ._common import (
     check_input,
     check_like,
     first_order,
+    fits,
     needs_grad,
     number,
     rows,
@@ -87,6 +88,8 @@ def _check(x, weights, biases, weight, bias) -> None:
         raise ValueError(f"linear: biases has {len(biases)} tensors, expected {len(weights)} to match weights, or None")
     k = x.shape[-1]
     for i, w in enumerate(weights):
+        if type(w) in (torch.Tensor, torch.nn.Parameter) and w.dim() == 2 and fits(w, (w.shape[0], k), x):
+            continue
         if not isinstance(w, torch.Tensor):
             raise TypeError(f"linear: weights[{i}] is a {type(w).__name__}, expected a torch.Tensor")
         if w.dim() != 2 or w.shape[1] != k:
@@ -96,9 +99,9 @@ def _check(x, weights, biases, weight, bias) -> None:
         check_like("linear", f"weights[{i}]", w, w.shape, "", x)
     for i, b in enumerate(biases):
         n = weights[i].shape[0]
-        check_like("linear", f"biases[{i}]", b, (n,), f"({n},) to match weights[{i}]", x)
+        fits(b, (n,), x) or check_like("linear", f"biases[{i}]", b, (n,), f"({n},) to match weights[{i}]", x)
     for name, t in (("norm weight", weight), ("norm bias", bias)):
-        if t is not None:
+        if t is not None and not fits(t, (k,), x):
             check_like("linear", name, t, (k,), f"({k},) to match x", x)
 
 
@@ -121,10 +124,15 @@ def _call(x, weights, biases, prologue, weight, bias, eps, backend, cache):
         )
     if trainable or name == "reference":
         return _formula(x, weights, biases, prologue, weight, bias, eps)
+    grad = needs_grad(x)
+    if not compiled and len(weights) == 1 and lb.is_torch(backend, x, weights, prologue, cache, grad):
+        return _formula(
+            x, weights, biases, prologue, weight, bias, eps
+        )  # keeps no more than _Linear does, and calls less
     if compiled:
         y, _ = torch.ops.fastpetl.linear(rows(x), weights, biases, prologue, weight, bias, eps, backend)
         return y.view(*x.shape[:-1], y.shape[-1])
-    if needs_grad(x):
+    if grad:
         return _Linear.apply(x, weights, biases, prologue, weight, bias, eps, backend)
     # In training even calls that record nothing (the first layer's) keep no pack: it would raise the peak memory of the
     # step.

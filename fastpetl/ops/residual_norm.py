@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from .. import backends
 from ..spec import EMITS, TAILS, check_tail
@@ -12,15 +13,19 @@ from ._common import (
     check_input,
     check_like,
     first_order,
+    fits,
     grad_mask,
     needs_grad,
     number,
     rows,
     through_dispatcher,
     unflatten,
+    wide,
 )
 from ._dropout import dropout_factor
+from ._measured import choose, rows_class
 from ._residual_norm import (
+    LAYERNORM,
     NORM,
     SUM,
     add_sublayer,
@@ -59,7 +64,9 @@ def residual_norm(
     Dtypes: all of one dtype; under torch.autocast f and the norm's parameters are cast to x's.
     Rounds: s to x's dtype, n once; statistics of the rounded s, in fp32.
     Gradients: for x, f, weight and bias, computed only where wanted, deterministic; not differentiable twice except
-    with backend="reference".
+    with backend="reference" or "torch".
+    backend: "auto" measures "cpp" and "torch" once per process and shape class, in eager fp32 code without mask and
+    dropout (`fastpetl.backends.tuned()`; FASTPETL_TUNE=0 turns it off).
     """
     check_tail("residual_norm", "tail", tail, emit, dropout)
     eps = number("residual_norm", "eps", eps)
@@ -74,12 +81,14 @@ def residual_norm(
 
 def _check(x, f, weight, bias, tail, emit, dropout, seed, mask) -> None:
     check_input("residual_norm", "x", x)
-    if f is not None:
+    if f is not None and fits(f, x.shape, x):
+        pass
+    elif f is not None:
         check_like("residual_norm", "f", f, x.shape, f"{tuple(x.shape)} to match x", x)
     elif emit != "norm" or dropout or mask is not None:
         raise ValueError("residual_norm: f is None, expected a tensor, or emit='norm' without dropout and mask")
     for name, t in (("weight", weight), ("bias", bias)):
-        if t is not None:
+        if t is not None and not fits(t, x.shape[-1:], x):
             check_like("residual_norm", name, t, (x.shape[-1],), f"(hidden={x.shape[-1]},) to match x", x)
     if (weight is None) != (tail is None):
         got = "None" if weight is None else "a tensor"
@@ -124,6 +133,10 @@ def _call(tensors, tail, emit, eps, dropout, backend):
     if name == "reference":
         return _formula(*tensors, tail, emit, eps, dropout)
     grad = needs_grad(x, f, weight, bias)
+    if not compiled and name == "cpp" and backend == "auto" and mask is None and not dropout:
+        name = _choose(tensors, tail, emit, eps, grad)
+    if name == "torch":
+        return _torch(*tensors, tail, emit, eps, dropout)
     if compiled:
         flat = rows(x), None if f is None else rows(f)
         s, n, _ = torch.ops.fastpetl.residual_norm(
@@ -134,6 +147,24 @@ def _call(tensors, tail, emit, eps, dropout, backend):
         return _ResidualNorm.apply(*tensors, tail, emit, eps, dropout, name)
     s, n, _ = run_forward(name, *tensors, tail, emit, eps, dropout, False)
     return (s.view(x.shape) if emit & SUM else None), (n.view(x.shape) if emit & NORM else None)
+
+
+def _choose(tensors, tail, emit, eps, grad) -> str:
+    x, f, weight, bias, *_ = tensors
+    if x.dtype != torch.float32 or x.numel() == 0:  # torch keeps the statistics of other dtypes in them
+        return "cpp"
+
+    def one(name, tensors):
+        if name == "torch":
+            return _torch(*tensors, tail, emit, eps, 0.0)
+        if grad:
+            return _ResidualNorm.apply(*tensors, tail, emit, eps, 0.0, name)
+        return run_forward(name, *tensors, tail, emit, eps, 0.0, False)[:2]
+
+    names = backends.serving("residual_norm", "auto", x.device.type, x.dtype)
+    wanted = tuple([t is not None and t.requires_grad for t in (x, f, weight, bias)]) if grad else f is None
+    key = (rows_class(x), x.shape[-1], tail, emit, bias is None, wanted)
+    return choose("residual_norm", "cpp", names, key, one, tensors, grad, "torch", 1e-4)
 
 
 class _ResidualNorm(torch.autograd.Function):
@@ -179,6 +210,22 @@ def residual_norm_reference(
     check_tail("residual_norm_reference", "tail", tail, emit, dropout)
     s, n = _formula(x, f, weight, bias, mask, seed, TAILS[tail], EMITS[emit], eps, float(dropout))
     return (s, n) if emit == "both" else s if emit == "sum" else n
+
+
+def _torch(x, f, weight, bias, mask, seed, tail, emit, eps, dropout):
+    """(s, n) by torch's own kernels and autograd."""
+    s = x if f is None else x + f
+    if mask is not None or dropout:
+        flat, sub = x.reshape(-1, x.shape[-1]), None if f is None else f.reshape(-1, x.shape[-1])
+        factor = dropout_factor(seed, *flat.shape, dropout, x)
+        s = add_sublayer(flat, sub, factor, skipped_rows(mask, flat.shape[0])).view(x.shape)
+    n = None
+    if emit & NORM and x.device.type == "cpu" and x.dtype != wide(x):  # there torch keeps the statistics in x's dtype
+        n = norm_forward(s.reshape(-1, s.shape[-1]), weight, bias, tail, eps)[0].view(x.shape)
+    elif emit & NORM:
+        shape = x.shape[-1:]
+        n = F.layer_norm(s, shape, weight, bias, eps) if tail == LAYERNORM else F.rms_norm(s, shape, weight, eps)
+    return (s if emit & SUM else None), n
 
 
 def _formula(x, f, weight, bias, mask, seed, tail, emit, eps, dropout):

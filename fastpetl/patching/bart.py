@@ -33,7 +33,7 @@ def _check_layer(layer) -> str | None:
     encoder = "encoder_attn" not in layer._modules
     reason = original_signature(_HF, "BartEncoderLayer" if encoder else "BartDecoderLayer", _FORWARD)
     fused = bart.FusedBartEncoderLayer if encoder else bart.FusedBartDecoderLayer
-    return reason or structure_reason(layer, fused.structure_of(layer))
+    return reason or structure_reason(layer, fused.structure)
 
 
 def _layer(kind: str, target: str, replacement: str) -> Rule:

@@ -106,6 +106,7 @@ class ViltFamily:
 
     name = "ViLT (transformers)"
     das_sizes = (96, 192)  # the paper's bottleneck and skip_bottleneck
+    classifier_token = False
 
     def hosts(self, module: nn.Module) -> bool:
         encoder = getattr(sys.modules.get(_HF), "ViltEncoder", None)

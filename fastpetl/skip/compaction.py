@@ -16,6 +16,31 @@ def samples(x: torch.Tensor, policy, n_blocks: int, training: bool) -> Samples |
     sees how many samples keep each block and runs exactly these. Under torch.compile, or with policy.capacity, shapes
     do not depend on the mask: see `StaticSamples`.
     """
+    mask, scale = _masks(x, policy, n_blocks, training)
+    if torch.compiler.is_compiling() or policy.capacity is not None:
+        return StaticSamples(x, mask.to(x.device), scale, policy.capacity, policy.copies)
+    return Samples(x, mask, scale, policy.copies)
+
+
+def streams(xs: tuple, policy, n_blocks: int, training: bool, *tensors) -> tuple:
+    """Semantics: (one `samples` for each of xs, with its equal share of the blocks in order; *tensors), for streams
+    that read each other. The first of xs is what the policy sees. With copies everything, `tensors` [B, ...] or None
+    too, is repeated at once: what one stream skips reaches all of the other.
+    """
+    mask, scale = _masks(xs[0], policy, n_blocks, training)
+    share, made = n_blocks // len(xs), []
+    for k, x in enumerate(xs):
+        x = _repeat(x, policy.copies) if policy.copies > 1 else x
+        columns = slice(k * share, (k + 1) * share)
+        own = mask[:, columns], None if scale is None else scale[:, columns]
+        if torch.compiler.is_compiling() or policy.capacity is not None:
+            made.append(StaticSamples(x, own[0].to(x.device), own[1], policy.capacity))
+        else:
+            made.append(Samples(x, *own))
+    return made, *(t if t is None or policy.copies == 1 else _repeat(t, policy.copies) for t in tensors)
+
+
+def _masks(x, policy, n_blocks: int, training: bool):
     mask, scale = policy.masks(x, n_blocks, training)
     copies = policy.copies
     expected = (x.shape[0] * copies, n_blocks)
@@ -24,9 +49,7 @@ def samples(x: torch.Tensor, policy, n_blocks: int, training: bool) -> Samples |
         raise ValueError(
             f"skip: mask is {got}, expected a bool tensor of shape (batch={expected[0]}, n_blocks={n_blocks})"
         )
-    if torch.compiler.is_compiling() or policy.capacity is not None:
-        return StaticSamples(x, mask.to(x.device), scale, policy.capacity, copies)
-    return Samples(x, mask, scale, copies)
+    return mask, scale
 
 
 class Samples:

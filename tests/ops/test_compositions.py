@@ -59,7 +59,7 @@ def test_multi_adapter_is_each_task_by_itself(ids):
     y = ops.multi_adapter(x, *weights[:4], torch.tensor(ids))
     for i, t in enumerate(ids):
         alone = ops.adapter(x[i : i + 1], *(w[t] for w in weights[:4]), activation="gelu_tanh")
-        assert torch.equal(y[i], alone[0])
+        torch.testing.assert_close(y[i], alone[0], atol=1e-6, rtol=1e-5)  # auto may serve the two differently
 
 
 def test_compositions_compile_whatever_the_ids():

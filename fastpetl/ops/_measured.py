@@ -1,0 +1,42 @@
+"""Which backend serves an eager call of an op whose backward depends on its forward: measured, both together."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backends
+
+
+def choose(op: str, name: str, names, key: tuple, one, tensors, grad: bool, baseline: str, tolerance: float) -> str:
+    """Semantics: the fastest of `names` for one(name, tensors), once per process and `key`; `name` where there is
+    nothing to choose or torch.func is at work.
+
+    tensors: the call's arguments, None among them; `one` returns a tensor or a tuple with None in it. Where a gradient
+    is wanted, forward and backward are measured together: what a backend keeps decides what its backward costs.
+    """
+    if len(names) == 1 or torch._C._are_functorch_transforms_active():
+        return name
+    key = (f"{op}+backward" if grad else op, *key, torch.get_num_threads())
+    found = backends.picked(key)
+    if found is not None:
+        return found
+
+    def run(name):
+        if not grad:
+            return _outputs(one(name, tensors))[0]
+        with torch.enable_grad():
+            leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
+            outs = _outputs(one(name, leaves))
+            wanted = [t for t in leaves if t is not None and t.requires_grad]
+            return torch.autograd.grad(outs, wanted, [y.detach() for y in outs])[0]
+
+    return backends.pick(key, {n: lambda n=n: run(n) for n in names}, baseline, tolerance)
+
+
+def rows_class(x) -> int:
+    """The number of rows of x [..., d], rounded up to a power of two."""
+    return 1 << (x.numel() // max(x.shape[-1], 1) - 1).bit_length()
+
+
+def _outputs(out) -> list:
+    return [t for t in out if t is not None] if isinstance(out, tuple) else [out]
