@@ -12,7 +12,7 @@ from transformers.models.bart import modeling_bart as hf
 
 from fastpetl.nn.bart_adapters import AdapterBartDecoderLayer, AdapterBartEncoderLayer
 from fastpetl.nn.inline import structure
-from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface, key_mask
+from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
 
 _FEED_FORWARD = structure(fc1=nn.Linear, fc2=nn.Linear)
 PROJECTIONS = structure(q_proj=nn.Linear, k_proj=nn.Linear, v_proj=nn.Linear, out_proj=nn.Linear)
@@ -29,7 +29,9 @@ class FusedBartAttention(Fused, hf.BartAttention):
             return super().forward(x, source, past_key_values, attention_mask, **kwargs)
         if source is None:
             qkv = self._linear(x, self.q_proj, self.k_proj, self.v_proj, slot="qkv")
-            out = self._self_attention(qkv, past_key_values, attention_mask)
+            out = None
+            if past_key_values is None and not self.is_causal and not (self.training and self.dropout > 0):
+                out = self._attend(qkv, self.num_heads, attention_mask, self.scaling)
             if out is not None:
                 return self._linear(out, self.out_proj, slot="out"), None
             q, *kv = qkv.chunk(3, -1)
@@ -47,19 +49,6 @@ class FusedBartAttention(Fused, hf.BartAttention):
             self, heads(q, size), k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
         return self._linear(out.flatten(2), self.out_proj, slot="out"), weights
-
-    def _self_attention(self, qkv, past, mask):
-        """The encoder's attention in one op; None where that does not do what is asked."""
-        dropped = self.training and self.dropout > 0
-        if past is not None or self.is_causal or dropped or self.config._attn_implementation != "sdpa":
-            return None
-        plain, additive = key_mask(mask, *qkv.shape[:2])
-        if not plain:
-            return None
-        from fastpetl import ops
-
-        scale, backend = float(self.scaling), self._op("attention")
-        return ops.attention(qkv, self.num_heads, key_mask=additive, scale=scale, backend=backend)
 
 
 class _FusedLayer(Fused):

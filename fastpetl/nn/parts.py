@@ -50,6 +50,19 @@ class Fused:
 
         return state.setdefault("_fastpetl_packs", {}).setdefault(slot, PackCache())
 
+    def _attend(self, qkv: torch.Tensor, heads: int, mask, scaling: float) -> torch.Tensor | None:
+        """Semantics: self-attention on q | k | v in one op, nothing dropped, not causal; None where the mask does not
+        depend on the key alone, or the configuration asks for other attention than SDPA (eager's maps, say).
+        """
+        if self.config._attn_implementation != "sdpa":
+            return None
+        plain, additive = key_mask(mask, *qkv.shape[:2])
+        if not plain:
+            return None
+        from fastpetl import ops
+
+        return ops.attention(qkv, heads, key_mask=additive, scale=float(scaling), backend=self._op("attention"))
+
     def _add_norm(self, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
         """Semantics: norm(x + f)."""
         from fastpetl import ops

@@ -29,8 +29,9 @@ def attention_check(attention, projections) -> str | None:
 
 
 def attention_note(attention) -> str:
-    if attention.dropout > 0:
-        return f"attention dropout {attention.dropout}: attention runs in torch while training"
+    dropout = getattr(attention.dropout, "p", attention.dropout)  # a module, or the probability
+    if dropout > 0:
+        return f"attention dropout {dropout}: attention runs in torch while training"
     return ""
 
 

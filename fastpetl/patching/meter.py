@@ -8,6 +8,9 @@ import sys
 import torch
 from torch import nn
 
+from fastpetl.patching._bert_like import check_layer, layer_note
+from fastpetl.patching.registry import Rule
+
 _MODEL = "fastpetl.models.meter"
 _SHORTCUTS = ("adapter_list_l", "adapter_list_v")
 
@@ -57,10 +60,11 @@ class MeterFamily:
     def attach_reason(self, host) -> str | None:
         """Semantics: why DAS adapters cannot be attached to this model, or None."""
         from fastpetl.nn.meter import MeterCrossLayer
+        from fastpetl.nn.meter_fused import FusedMeterCrossLayer
 
         for k in range(2):
             for i, layer in enumerate(host._layers(k)):
-                if type(layer) is not MeterCrossLayer:
+                if type(layer) not in (MeterCrossLayer, FusedMeterCrossLayer):
                     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
                     return f"{('text', 'image')[k]} layer {i} is {kind}, expected fastpetl.nn.meter.MeterCrossLayer"
         return None
@@ -223,5 +227,34 @@ def _linear_macs(module: nn.Module | None) -> int:
     return sum(linear.in_features * linear.out_features for linear in linears)
 
 
-RULES = ()
+# --- patch rules ------------------------------------------------------------------------------------------------------
+
+_NN = "fastpetl.nn.meter"
+_FUSED = "fastpetl.nn.meter_fused"
+
+
+def _check_output(output) -> str | None:
+    from fastpetl.nn.inline import structure_reason
+    from fastpetl.nn.meter_fused import DAS_OUTPUT
+
+    return structure_reason(output, DAS_OUTPUT)
+
+
+def _layer(kind: str, name: str) -> Rule:
+    fused = f"{_FUSED}:Fused{name}"
+    ops = ("linear", "residual_norm")
+    return Rule(f"meter.{kind}", f"{_NN}:{name}", fused, lambda m: check_layer(m, fused), ops=ops, note=layer_note)
+
+
+RULES = (
+    _layer("layer", "MeterCrossLayer"),
+    _layer("das_layer", "DASMeterCrossLayer"),
+    Rule(
+        "meter.das_output",
+        f"{_NN}:DASSelfOutput",
+        f"{_FUSED}:FusedDASSelfOutput",
+        _check_output,
+        ops=("linear", "adapter", "residual_norm"),
+    ),
+)
 FAMILY = MeterFamily()

@@ -40,7 +40,7 @@ class Rule:
         return getattr(sys.modules.get(module), name, None)
 
     def replacement_class(self, module: nn.Module) -> type:
-        return _load(self.replacement)
+        return load(self.replacement)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class CopiedRule:
 
 @functools.cache
 def _derived(rule: CopiedRule, original: type) -> type:
-    mixin = _load(rule.replacement)
+    mixin = load(rule.replacement)
 
     def reduce(self, protocol):  # the class has no name of its own to be found by
         return _rebuild, (rule.replacement, original), *object.__reduce_ex__(self, protocol)[2:]
@@ -97,7 +97,8 @@ def class_key(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def _load(name: str) -> type:
+def load(name: str) -> type:
+    """Semantics: the class called `module:name`, imported if need be."""
     module, _, name = name.partition(":")
     return getattr(importlib.import_module(module), name)
 

@@ -1,0 +1,125 @@
+"""BERT's modules in transformers and their copies (RoBERTa's, BridgeTower's), fused.
+
+Attention is one module (q|k|v and k|v side by side), what follows it another (dense, then dropout + residual + layer norm
+in one pass), the feed-forward with its norm a method of the layer.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.activations import GELUActivation
+from transformers.models.bert import modeling_bert as hf
+
+from fastpetl.nn.inline import Inlined, structure
+from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
+
+PROJECTIONS = structure(query=nn.Linear, key=nn.Linear, value=nn.Linear)
+OUTPUT = structure(dense=nn.Linear, LayerNorm=nn.LayerNorm, dropout=nn.Dropout)
+
+
+class SelfAttention(Fused):
+    """Mixin of a fused BertSelfAttention, before the original."""
+
+    def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
+        x, past, size = hidden_states, past_key_values, self.attention_head_size
+        if self._declines(PROJECTIONS, x):
+            return super().forward(x, attention_mask, past, **kwargs)
+        qkv = self._linear(x, self.query, self.key, self.value, slot="qkv")
+        p = self.dropout.p if self.training else 0.0
+        # SDPA takes the module for causal where there is no mask; eager attention never does.
+        causal = kwargs.get("is_causal", self.is_causal) and attention_mask is None
+        if past is None and not causal and p == 0:
+            out = self._attend(qkv, self.num_attention_heads, attention_mask, self.scaling)
+            if out is not None:
+                return out, None
+        q, k, v = (heads(t, size) for t in qkv.chunk(3, -1))
+        if past is not None:
+            k, v = cached_keys(self, past, None, lambda: (k, v))
+        attend = interface(self, hf.eager_attention_forward)
+        out, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
+        return out.flatten(2), weights
+
+
+class CrossAttention(Fused):
+    """Mixin of a fused BertCrossAttention, before the original."""
+
+    def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, past_key_values=None, **kwargs):
+        x, source, size = hidden_states, encoder_hidden_states, self.attention_head_size
+        if self._declines(PROJECTIONS, x):
+            return super().forward(x, source, attention_mask, past_key_values, **kwargs)
+
+        def keys():
+            both = self._linear(source, self.key, self.value, slot="kv").chunk(2, -1)
+            return [heads(t, size) for t in both]
+
+        q = heads(self._linear(x, self.query, slot="q"), size)
+        k, v = cached_keys(self, past_key_values, source, keys)
+        p = self.dropout.p if self.training else 0.0
+        attend = interface(self, hf.eager_attention_forward)
+        out, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
+        return out.flatten(2), weights
+
+
+class Output(Fused):
+    """Semantics: LN(drop(dense(h)) + x). Mixin of a fused BertSelfOutput, before the original."""
+
+    def forward(self, hidden_states, input_tensor):
+        if self._declines(OUTPUT, hidden_states):
+            return super().forward(hidden_states, input_tensor)
+        f = self._linear(hidden_states, self.dense, slot="dense")
+        return self._add_norm(input_tensor, drop(f, self.dropout.p, self.dropout.training), self.LayerNorm)
+
+
+class FeedForward(Fused):
+    """Semantics: LN(drop(dense2(gelu(dense1(x)))) + x). Mixin of a fused BertLayer, before the original."""
+
+    structures: tuple[dict[str, Inlined], dict[str, Inlined]]  # activation called, activation inlined
+
+    @classmethod
+    def structure_of(cls, layer) -> dict[str, Inlined]:
+        """What this class reads of `layer` past its children's forward."""
+        return cls.structures[exact_gelu(getattr(layer._modules.get("intermediate"), "intermediate_act_fn", None))]
+
+    def feed_forward_chunk(self, attention_output):
+        y = self._chunk(attention_output)
+        return super().feed_forward_chunk(attention_output) if y is None else y
+
+    def _chunk(self, x):
+        """None where this call must take the original's way."""
+        if self._declines(self.structure_of(self), x):
+            return None
+        inner, outer = self.intermediate, self.output
+        h = self._linear(x, inner.dense, slot="fc1")
+        exact = exact_gelu(inner.intermediate_act_fn)
+        h = h if exact else inner.intermediate_act_fn(h)
+        f = self._linear(h, outer.dense, slot="fc2", activation="gelu" if exact else None)
+        return self._add_norm(x, drop(f, outer.dropout.p, outer.dropout.training), outer.LayerNorm)
+
+
+def feed_forward(intermediate: type, output: type) -> tuple:
+    """Semantics: `FeedForward.structures` of a layer with these children."""
+    outer = Inlined(output, OUTPUT)
+    called = Inlined(intermediate, structure(dense=nn.Linear), called=("intermediate_act_fn",))
+    inlined = Inlined(intermediate, structure(dense=nn.Linear, intermediate_act_fn=GELUActivation))
+    return tuple(structure(intermediate=inner, output=outer) for inner in (called, inlined))
+
+
+def fuse(module: str, library, prefix: str, layers: tuple[str, ...]) -> dict[str, type]:
+    """Semantics: the fused classes of a copy of BERT's modules, by name, for the namespace of `module`."""
+    named = {
+        **{f"{prefix}SelfAttention": SelfAttention, f"{prefix}CrossAttention": CrossAttention},
+        **{f"{prefix}SelfOutput": Output, **dict.fromkeys(layers, FeedForward)},
+    }
+    parts = feed_forward(getattr(library, f"{prefix}Intermediate"), getattr(library, f"{prefix}Output"))
+    made = {}
+    for name, mixin in named.items():
+        doc = f"{name}, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."
+        body = {"__module__": module, "__doc__": doc, "__qualname__": f"Fused{name}"}
+        if mixin is FeedForward:
+            body["structures"] = parts
+        # Same names as the originals: accelerate and others match modules by class name; pickle finds __qualname__.
+        made[f"Fused{name}"] = type(name, (mixin, getattr(library, name)), body)
+    return made
+
+
+globals().update(fuse(__name__, hf, "Bert", ("BertLayer",)))

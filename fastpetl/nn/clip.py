@@ -1,0 +1,68 @@
+"""CLIP's modules in transformers, vision and text, fused: attention, MLP, and the layer's residual sum with its norm."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.models.clip import modeling_clip as hf
+
+from fastpetl.nn.inline import structure
+from fastpetl.nn.parts import Fused, exact_gelu, heads, interface
+
+PROJECTIONS = structure(q_proj=nn.Linear, k_proj=nn.Linear, v_proj=nn.Linear, out_proj=nn.Linear)
+MLP = structure(fc1=nn.Linear, fc2=nn.Linear)
+NORMS = structure(layer_norm1=nn.LayerNorm, layer_norm2=nn.LayerNorm)
+
+
+class FusedCLIPAttention(Fused, hf.CLIPAttention):
+    """CLIPAttention, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        x = hidden_states
+        if self._declines(PROJECTIONS, x):
+            return super().forward(x, attention_mask, **kwargs)
+        qkv = self._linear(x, self.q_proj, self.k_proj, self.v_proj, slot="qkv")
+        dropout = self.dropout if self.training else 0.0
+        # The text model says is_causal in the call; where it gives a mask as well, SDPA takes the mask alone.
+        causal = kwargs.get("is_causal", self.is_causal) and attention_mask is None
+        out = weights = None
+        if not causal and dropout == 0:
+            out = self._attend(qkv, self.num_heads, attention_mask, self.scale)
+        if out is None:
+            q, k, v = (heads(t, self.head_dim) for t in qkv.chunk(3, -1))
+            attend = interface(self, hf.eager_attention_forward)
+            out, weights = attend(self, q, k, v, attention_mask, scaling=self.scale, dropout=dropout, **kwargs)
+            out = out.flatten(2)
+        return self._linear(out, self.out_proj, slot="out"), weights
+
+
+class FusedCLIPMLP(Fused, hf.CLIPMLP):
+    """CLIPMLP, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+    def forward(self, hidden_states):
+        if self._declines(MLP, hidden_states):
+            return super().forward(hidden_states)
+        h = self._linear(hidden_states, self.fc1, slot="fc1")
+        if exact_gelu(self.activation_fn):
+            return self._linear(h, self.fc2, slot="fc2", activation="gelu")
+        return self._linear(self.activation_fn(h), self.fc2, slot="fc2")
+
+
+class FusedCLIPEncoderLayer(Fused, hf.CLIPEncoderLayer):
+    """CLIPEncoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        x = hidden_states
+        if self._declines(NORMS, x):
+            return super().forward(x, attention_mask, **kwargs)
+        from fastpetl import ops
+
+        f, _ = self.self_attn(hidden_states=self.layer_norm1(x), attention_mask=attention_mask, **kwargs)
+        norm, backend = self.layer_norm2, self._op("residual_norm")
+        s, n = ops.residual_norm(x, f, norm.weight, norm.bias, eps=norm.eps, emit="both", backend=backend)
+        return s + self.mlp(n)
+
+
+# Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
+FusedCLIPAttention.__name__ = "CLIPAttention"
+FusedCLIPMLP.__name__ = "CLIPMLP"
+FusedCLIPEncoderLayer.__name__ = "CLIPEncoderLayer"

@@ -1,0 +1,38 @@
+"""CLIP (Hugging Face transformers), vision and text: patch rules."""
+
+from __future__ import annotations
+
+from fastpetl.patching._seq2seq import attention_check, attention_note, original_signature
+from fastpetl.patching.registry import Rule
+
+_HF = "transformers.models.clip.modeling_clip"
+_NN = "fastpetl.nn.clip"
+_FORWARD = {  # what the fused classes were written for
+    "CLIPAttention": ["hidden_states", "attention_mask", "kwargs"],
+    "CLIPMLP": ["hidden_states"],
+    "CLIPEncoderLayer": ["hidden_states", "attention_mask", "kwargs"],
+}
+
+
+def _check(name: str, structure: str):
+    def check(module) -> str | None:
+        from fastpetl.nn import clip
+        from fastpetl.nn.inline import structure_reason
+
+        reason = original_signature(_HF, name, _FORWARD)
+        if reason is None and structure == "PROJECTIONS":
+            return attention_check(module, clip.PROJECTIONS)
+        return reason or structure_reason(module, getattr(clip, structure))
+
+    return check
+
+
+def _rule(kind: str, name: str, structure: str, *ops: str, **more) -> Rule:
+    return Rule(f"clip.{kind}", f"{_HF}:{name}", f"{_NN}:Fused{name}", _check(name, structure), ops=ops, **more)
+
+
+RULES = (
+    _rule("attention", "CLIPAttention", "PROJECTIONS", "linear", "attention", note=attention_note),
+    _rule("mlp", "CLIPMLP", "MLP", "linear"),
+    _rule("layer", "CLIPEncoderLayer", "NORMS", "residual_norm"),
+)
