@@ -283,7 +283,7 @@ class Tuned(NamedTuple):
 
 
 _TUNED: dict[tuple, Tuned] = {}
-_TUNING = threading.Lock()
+_TUNING = threading.RLock()
 _ROWS = 256  # rows compared with the baseline: a wrong or low-precision kernel is wrong in all of them
 
 

@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         choices=sorted(ROUNDS),
-        help="vilt: ViLT with DAS adapters; models: VL-BART and VL-T5 with their adapters; ops: the kernel family, "
-        "op by op; skip: MACs skipped against time saved",
+        help="vilt: ViLT with DAS adapters; models: METER, VL-BART and VL-T5 with adapters; ops: the kernel "
+        "family, op by op; skip: MACs skipped against time saved",
     )
     parser.add_argument("--quick", action="store_true", help="few samples")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 DTYPES = ("fp32", "bf16")
 MODES = ("inference", "train")
-MODELS = {"vilt": ("vilt",), "models": ("vlbart", "vlt5")}  # the workloads of each command
+MODELS = {"vilt": ("vilt",), "models": ("meter", "vlbart", "vlt5")}  # the workloads of each command
 VARIANTS = ("eager", "compile", "routed", "patched")
 MEMORY_VARIANTS = ("eager", "patched")
 LOSSES = "vilt"  # the model whose losses --losses compares

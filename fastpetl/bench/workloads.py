@@ -159,4 +159,52 @@ def _seq2seq_workload(kind: str, title: str) -> Workload:
 VLBART = _seq2seq_workload("vlbart", "VL-BART")
 VLT5 = _seq2seq_workload("vlt5", "VL-T5")
 
-WORKLOADS = {work.name: work for work in (VILT, VLBART, VLT5)}
+# --- METER ------------------------------------------------------------------------------------------------------------
+
+_TINY_METER = {
+    **{"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128},
+    "text_config": {"vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2},
+    "vision_config": {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 64},
+}
+
+
+def _meter(tiny: bool) -> nn.Module:
+    import fastpetl
+    from fastpetl import models
+
+    torch.manual_seed(0)
+    sizes = _TINY_METER if tiny else {"text_config": {}, "vision_config": {"image_size": 384}}
+    still = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    sizes = {**sizes, "text_config": {**sizes["text_config"], **still}}
+    model = models.MeterForQuestionAnswering(
+        models.MeterConfig(**still, **sizes, num_labels=7 if tiny else 3129, max_text_length=8 if tiny else 40)
+    )
+    fastpetl.attach(model, fastpetl.DASConfig(bottleneck=8 if tiny else 96), patch=False)
+    return spread(model)
+
+
+def _meter_batch(model, tiny: bool, dtype: torch.dtype, seed: int = 1, batch: int | None = None) -> dict:
+    """40 text tokens, 24 x 24 + 1 = 577 image tokens."""
+    batch, text = batch or 2, model.config.max_text_length
+    size, generator = model.config.vision_config.image_size, torch.Generator().manual_seed(seed)
+    return {
+        "input_ids": torch.randint(3, model.config.text_config.vocab_size, (batch, text), generator=generator),
+        "attention_mask": torch.ones(batch, text, dtype=torch.long),
+        "pixel_values": torch.randn(batch, 3, size, size, generator=generator).to(dtype),
+        "labels": torch.rand(batch, model.config.num_labels, generator=generator).to(dtype),
+    }
+
+
+METER = Workload(
+    name="meter",
+    title="METER (12 + 11 + 6 + 6 layers), DAS adapters r=96, batch 2, 40 + 577 tokens",
+    build=_meter,
+    batch=_meter_batch,
+    for_inference=lambda batch: {k: v for k, v in batch.items() if k != "labels"},
+    bars={
+        **{("fp32", "inference", against): 1.9 for against in ("eager", "compile")},
+        **{("fp32", "train", against): 1.8 for against in ("eager", "compile")},
+    },
+)
+
+WORKLOADS = {work.name: work for work in (VILT, VLBART, VLT5, METER)}

@@ -1,7 +1,7 @@
 """BERT's modules in transformers and their copies (RoBERTa's, BridgeTower's), fused.
 
-Attention is one module (q|k|v and k|v side by side), what follows it another (dense, then dropout + residual + layer norm
-in one pass), the feed-forward with its norm a method of the layer.
+Attention is one module (q|k|v and k|v side by side), what follows it another (dense, then dropout + residual + layer
+norm in one pass), the feed-forward with its norm a method of the layer.
 """
 
 from __future__ import annotations

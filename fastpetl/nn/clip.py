@@ -1,4 +1,4 @@
-"""CLIP's modules in transformers, vision and text, fused: attention, MLP, and the layer's residual sum with its norm."""
+"""CLIP's modules in transformers, vision and text, fused: attention, MLP, and the layer's sum with its norm."""
 
 from __future__ import annotations
 

@@ -40,14 +40,22 @@ def _choose(direction, names, runs, x, weights, prologue, cache):
     return backends.picked(key) or backends.pick(key, runs(), "torch", _tolerance(x, prologue))
 
 
-def is_torch(backend, x, weights, prologue, cache, grad) -> bool:
-    """Semantics: is torch's own GEMM what this call, and with `grad` its backward too, is served by? False as well
-    while nothing has been measured.
+def is_torch(backend, x, weights, biases, prologue, weight, bias, eps, cache, grad) -> bool:
+    """Semantics: is torch's own GEMM what this call, and with `grad` its backward too, is served by?
+
+    Measures both where need be: what a forward keeps must not depend on when a backward came by, or a checkpoint's
+    recomputation would keep something else than its forward.
     """
     names = backends.serving("linear", backend, x.device.type, x.dtype)
-    if len(names) == 1:
+    if len(names) == 1 or x.numel() == 0:
         return names[0] == "torch"
     shape = _shape(x, weights, prologue, None if grad else cache)
+    if backends.picked(("forward", *shape)) is None or grad and backends.picked(("backward", *shape)) is None:
+        with torch.no_grad():
+            x2 = x.detach().reshape(-1, x.shape[-1]).contiguous()
+            y, stats = run_forward(backend, x2, weights, biases, prologue, weight, bias, eps, None if grad else cache)
+            if grad:
+                run_backward(backend, y, x2, stats, weights, prologue, weight)
     found = backends.picked(("forward", *shape)) == "torch"
     return found and (not grad or backends.picked(("backward", *shape)) == "torch")
 

@@ -12,7 +12,8 @@ def choose(op: str, name: str, names, key: tuple, one, tensors, grad: bool, base
     nothing to choose or torch.func is at work.
 
     tensors: the call's arguments, None among them; `one` returns a tensor or a tuple with None in it. Where a gradient
-    is wanted, forward and backward are measured together: what a backend keeps decides what its backward costs.
+    is wanted, forward and backward are measured together: what a backend keeps decides what its backward costs. The
+    measurement is none of the caller's business: its saved-tensor hooks (a checkpoint's, say) do not see it.
     """
     if len(names) == 1 or torch._C._are_functorch_transforms_active():
         return name
@@ -24,13 +25,17 @@ def choose(op: str, name: str, names, key: tuple, one, tensors, grad: bool, base
     def run(name):
         if not grad:
             return _outputs(one(name, tensors))[0]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same):
             leaves = [t if t is None else t.detach().requires_grad_(t.requires_grad) for t in tensors]
             outs = _outputs(one(name, leaves))
             wanted = [t for t in leaves if t is not None and t.requires_grad]
             return torch.autograd.grad(outs, wanted, [y.detach() for y in outs])[0]
 
     return backends.pick(key, {n: lambda n=n: run(n) for n in names}, baseline, tolerance)
+
+
+def _same(t):
+    return t
 
 
 def rows_class(x) -> int:

@@ -125,18 +125,17 @@ def _call(x, weights, biases, prologue, weight, bias, eps, backend, cache):
     if trainable or name == "reference":
         return _formula(x, weights, biases, prologue, weight, bias, eps)
     grad = needs_grad(x)
-    if not compiled and len(weights) == 1 and lb.is_torch(backend, x, weights, prologue, cache, grad):
-        return _formula(
-            x, weights, biases, prologue, weight, bias, eps
-        )  # keeps no more than _Linear does, and calls less
+    # In training even calls that record nothing (the first layer's) keep no pack: it would raise the peak memory of the
+    # step.
+    cache = None if torch.is_grad_enabled() else cache
+    mine = (x, weights, biases, prologue, weight, bias, eps)
+    if not compiled and len(weights) == 1 and lb.is_torch(backend, *mine, cache, grad):
+        return _formula(*mine)  # keeps no more than _Linear does, and costs fewer calls
     if compiled:
         y, _ = torch.ops.fastpetl.linear(rows(x), weights, biases, prologue, weight, bias, eps, backend)
         return y.view(*x.shape[:-1], y.shape[-1])
     if grad:
         return _Linear.apply(x, weights, biases, prologue, weight, bias, eps, backend)
-    # In training even calls that record nothing (the first layer's) keep no pack: it would raise the peak memory of the
-    # step.
-    cache = None if torch.is_grad_enabled() else cache
     y, _ = lb.run_forward(backend, rows(x), weights, biases, prologue, weight, bias, eps, cache)
     return y.view(*x.shape[:-1], y.shape[-1])
 
