@@ -12,11 +12,11 @@ from torch import nn
 
 from fastpetl import skip as _skip
 from fastpetl._version import __version__
-from fastpetl.methods import AdapterConfig, DASConfig, attach, attached, detach
+from fastpetl.methods import CONFIGS, attach, attached, detach
 from fastpetl.skip import SkipPlan
 
 WEIGHTS, CONFIG = "fastpetl.safetensors", "fastpetl.json"
-_METHODS = {cls.method: cls for cls in (DASConfig, AdapterConfig)}
+_METHODS = {cls.method: cls for cls in CONFIGS}
 
 
 def save(model: nn.Module, directory) -> Path:

@@ -13,6 +13,8 @@ from fastpetl.models import VLT5, VLBart, VLBartConfig, VLT5Config
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = {"vlbart": (VLBart, VLBartConfig), "vlt5": (VLT5, VLT5Config)}
 METHODS = ("none", "adapter", "adapter_ln", "multiple_adapter", "half_shared_adapter")
+METHODS += ("compacter", "multiple_compacter", "compacter_lowrank", "lowrank_adapter", "hyperformer")
+METHODS += ("prompt", "multiple_prompt", "lora", "multiple_lora")
 TASKS = ("vqa", "gqa", "nlvr")
 SIZES = {
     "vlbart": {
@@ -116,8 +118,7 @@ def original_state(kind, method):
     state |= {alias: state[name] for alias, name in meta["aliases"].items()}
 
     def order(name):
-        task = name.partition(".adapters.")[2].partition(".")[0]
-        return meta["tasks"].index(task) if task else -1
+        return next((i for i, task in enumerate(meta["tasks"]) if task in name.split(".")), -1)
 
     return dict(sorted(state.items(), key=lambda item: order(item[0])))
 

@@ -49,18 +49,19 @@ def main(argv: list[str] | None = None) -> int:
         "patience": 0.0 if args.tiny else 15.0 if args.quick else 120.0,
         "malloc": "default" if args.default_malloc else "keeps its pages (mallopt)",
     }
-    parts = []
-    for job in jobs:
+    parts, refused = [], []
+    for job in jobs:  # what one model refuses is no reason to throw another's hour away
         part = _run({**common, **job})
+        (refused if "refused" in part else parts).append(part)
         if "refused" in part:
             print(part["refused"], file=sys.stderr)
-            return 1
-        parts.append(part)
+    if not parts:
+        return 1
     result = _merge(common, parts)
     if args.json:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
     _show(result)
-    return 0
+    return 1 if refused else 0
 
 
 def _parser() -> argparse.ArgumentParser:

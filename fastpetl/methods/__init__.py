@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastpetl.methods.adapter import AdapterConfig
+from fastpetl.methods.compacter import CompacterConfig, LowRankConfig
 from fastpetl.methods.das import DASConfig
+from fastpetl.methods.hyperformer import HyperformerConfig
+from fastpetl.methods.lora import LoRAConfig
+from fastpetl.methods.prompt import PromptConfig
 from fastpetl.patching import patch as _patch
 from fastpetl.patching import registry, unpatch
 
-__all__ = ["AdapterConfig", "Attached", "DASConfig", "attach", "attached", "detach", "load_original"]
-
-_CONFIGS = (DASConfig, AdapterConfig)
+CONFIGS = (DASConfig, AdapterConfig, CompacterConfig, LowRankConfig, HyperformerConfig, LoRAConfig, PromptConfig)
+__all__ = [*(cls.__name__ for cls in CONFIGS), "Attached", "attach", "attached", "detach", "load_original"]
 _KEY = "_fastpetl_attached"
 
 
@@ -24,7 +27,7 @@ class Attached:
     requires_grad: of each parameter. patched: the modules that were patched already, None if `attach` did not patch.
     """
 
-    config: DASConfig | AdapterConfig
+    config: DASConfig | AdapterConfig  # or one derived from it
     requires_grad: dict[str, bool]
     patched: frozenset[str] | None
 
@@ -38,16 +41,16 @@ def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
     """Semantics: add the method's modules, freeze every parameter it does not train, then `fastpetl.patch`; in place;
     returns `model`.
 
-    config: a DASConfig or an AdapterConfig. New weights are drawn from the global random generator, in the dtype and on
+    config: one of `CONFIGS`. New weights are drawn from the global random generator, in the dtype and on
     the device of the block they join. With patch=False the added modules run in plain torch. An attach that raises has
     changed nothing.
     """
-    if not isinstance(config, _CONFIGS):
-        names = ", ".join(cls.__name__ for cls in _CONFIGS)
+    if not isinstance(config, CONFIGS):
+        names = ", ".join(cls.__name__ for cls in CONFIGS)
         raise TypeError(f"attach: config is {type(config).__name__}, expected one of: {names}")
     family, host = registry.family_of(model, "attach")
-    if not hasattr(family, f"attach_{config.method}"):
-        takes = ", ".join(cls.__name__ for cls in _CONFIGS if hasattr(family, f"attach_{cls.method}"))
+    if not hasattr(family, f"attach_{config.attaches}"):
+        takes = ", ".join(cls.__name__ for cls in CONFIGS if hasattr(family, f"attach_{cls.attaches}"))
         raise ValueError(f"attach: config is {type(config).__name__}, expected for {family.name}: {takes}")
     if attached(model) is not None or family.is_attached(host):
         raise ValueError("attach: model has adapters attached already; fastpetl.detach(model) first")
@@ -59,7 +62,8 @@ def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
     names, backend = _patched(model)
     unpatch(model)  # which fused class is right depends on what is attached
     try:
-        getattr(family, f"attach_{config.method}")(host, config)
+        getattr(family, f"attach_{config.attaches}")(host, config)
+        config.added(model, host, family)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(config.trainable(name))
         model.__dict__[_KEY] = Attached(config, flags, frozenset(names) if patch else None)
@@ -109,7 +113,8 @@ def load_original(model: nn.Module, state_dict: dict, *, strict: bool = True) ->
 
 def _remove(model, family, host, config, flags) -> None:
     unpatch(model)
-    getattr(family, f"detach_{config.method}")(host)
+    config.removed(model, host)
+    getattr(family, f"detach_{config.attaches}")(host)
     model.__dict__.pop(_KEY, None)
     for name, parameter in model.named_parameters():
         if name in flags:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 
-import torch
-
 from fastpetl.methods.das import ACTIVATIONS
 
 SHARINGS = ("single", "half", "multiple")
@@ -37,6 +35,7 @@ class AdapterConfig:
     train_visual: bool = True
 
     method = "adapter"
+    attaches = "adapter"  # how a family puts it on: attach_adapter
 
     def __post_init__(self):
         if isinstance(self.tasks, str) or not all(isinstance(task, str) for task in self.tasks) or not self.tasks:
@@ -69,6 +68,24 @@ class AdapterConfig:
         norms = family.trains_norms if self.train_norms is None else self.train_norms
         return replace(self, bottleneck=self.bottleneck or hidden // factor, reduction_factor=None, train_norms=norms)
 
+    def site(self, hidden: int, std: float | None, **made):
+        """Semantics: the module that adapts one sublayer's output. std: of N(0, std), None for torch's own way."""
+        from fastpetl.nn.adapter_controller import AdapterController
+
+        names = ("sharing", "shared", "activation", "norm_before", "norm_after")
+        same = {name: getattr(self, name) for name in names}
+        return AdapterController(hidden, self.bottleneck, self.tasks, make=self._make(hidden), std=std, **same, **made)
+
+    def _make(self, hidden: int):
+        """How one task's adapter of another kind than VL-Adapter's own is made."""
+        return None
+
+    def added(self, model, host, family) -> None:
+        """Semantics: what is added beside the sites, once these are there."""
+
+    def removed(self, model, host) -> None:
+        """Semantics: undoes `added`."""
+
     def to_dict(self) -> dict:
         return asdict(self)
 
@@ -80,34 +97,3 @@ class AdapterConfig:
         if any(part.endswith("_adapter") for part in parts):
             return True
         return bool(self.train_norms) and parts[-2].endswith(("layer_norm", "layernorm_embedding"))
-
-    @classmethod
-    def of_state(cls, state: dict[str, torch.Tensor]) -> AdapterConfig | None:
-        """Semantics: the configuration of the adapters in a state_dict with the original's names; None without any."""
-        other = next(
-            (n for n in state if "phm_rule" in n or "lora_A" in n or "hyper_net" in n or "prefix_emb" in n), ""
-        )
-        if other:
-            raise ValueError(
-                f"from_original: {other} is not an adapter's, expected plain or bottleneck-adapter weights"
-            )
-        found = [n.split(".adapters.") for n in state if ".adapters." in n and n.endswith("down_sampler.weight")]
-        if not found:
-            return None
-        at = found[0][0]
-        tasks = tuple(rest.split(".")[0] for where, rest in found if where == at)
-
-        def common(half: str) -> bool:
-            first = state[f"{at}.adapters.{tasks[0]}.{half}_sampler.weight"]
-            return all(torch.equal(state[f"{at}.adapters.{task}.{half}_sampler.weight"], first) for task in tasks)
-
-        up, down = common("up"), common("down")
-        return cls(
-            tasks=tasks,
-            sharing="single" if up and down else "half" if up or down else "multiple",
-            shared="down" if down and not up else "up",
-            bottleneck=state[f"{at}.adapters.{tasks[0]}.down_sampler.weight"].shape[0],
-            norm_before=f"{at}.pre_layer_norm.weight" in state,
-            norm_after=f"{at}.post_layer_norm.weight" in state,
-            cross_attention=any("enc_attn_adapter" in name for name in state),
-        )

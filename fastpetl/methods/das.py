@@ -52,7 +52,7 @@ class DASConfig:
             raise ValueError("DASConfig: shortcut is None, expected one of adapter, identity")
         check_shortcut(self.shortcut, "DASConfig")
 
-    method = "das"
+    method = attaches = "das"
 
     def resolved(self, family, host) -> DASConfig:
         """Semantics: this configuration with every size a number, the family's where none is given."""
@@ -75,6 +75,12 @@ class DASConfig:
         if self.classifier_token and not family.classifier_token:
             raise ValueError(f"DASConfig: classifier_token is True, expected None or False for {family.name}")
         return family.classifier_token if self.classifier_token is None else self.classifier_token
+
+    def added(self, model, host, family) -> None:
+        """Semantics: what is added beside what the family attaches: nothing."""
+
+    def removed(self, model, host) -> None:
+        """Semantics: undoes `added`."""
 
     def to_dict(self) -> dict:
         return asdict(self)

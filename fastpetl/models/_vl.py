@@ -99,11 +99,26 @@ def text_mask(attention_mask, input_ids, pad_token_id):
     return attention_mask
 
 
-def joint_mask(attention_mask, length: int):
-    """Semantics: a text mask [B, T] with ones for the visual tokens after the text, [B, length]."""
+def joint_mask(attention_mask, length: int, prompts: int = 0):
+    """Semantics: a text mask [B, T] with ones for `prompts` vectors before and the visual tokens after the text,
+    [B, length].
+    """
     if attention_mask is None or attention_mask.dim() != 2 or attention_mask.shape[1] >= length:
         return attention_mask
-    return F.pad(attention_mask, (0, length - attention_mask.shape[1]), value=1)
+    return F.pad(attention_mask, (prompts, length - prompts - attention_mask.shape[1]), value=1)
+
+
+def prompted(encoder, x, task):
+    """Semantics: ([prompts; x], how many prompts): those of `fastpetl.PromptConfig`, if the encoder has any."""
+    module = encoder._modules.get("prompt_modules")
+    if module is None:
+        return x, 0
+    return torch.cat([module(x.shape[0], task=task).to(x.dtype), x], 1), module.length
+
+
+def prompt_length(encoder) -> int:
+    module = encoder._modules.get("prompt_modules")
+    return 0 if module is None else module.length
 
 
 def sequence_loss(logits, labels, scores=None, reduction: str = "sample"):
@@ -148,15 +163,15 @@ def load_original(model_class, source, config, sizes):
     """
     from fastpetl.methods import attach
     from fastpetl.methods import load_original as load
-    from fastpetl.methods.adapter import AdapterConfig
+    from fastpetl.methods.original import config_of
 
     state = read_original(source)
     if "shared.weight" not in state and "model.shared.weight" not in state:
         raise ValueError(f"from_original: the state_dict has no shared.weight, expected a {model_class.__name__}'s")
     model = model_class(model_class.config_class(**sizes(state)) if config is None else config)
-    adapters = AdapterConfig.of_state(state)
-    if adapters is not None:
-        attach(model, adapters, patch=False)
+    method = config_of(state)
+    if method is not None:
+        attach(model, method, patch=False)
     return load(model, state).eval()
 
 

@@ -21,6 +21,8 @@ from fastpetl.models._vl import (
     count_layers,
     joint_mask,
     load_original,
+    prompt_length,
+    prompted,
     sequence_loss,
     text_mask,
 )
@@ -79,11 +81,13 @@ class VLBartEncoder(hf.BartEncoder):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("VLBartEncoder: expected exactly one of input_ids and inputs_embeds")
         text = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        x = self.layernorm_embedding(text + self.embed_positions(text[:, :, -1]))
+        x = text + self.embed_positions(text[:, :, -1])
+        x, prompts = prompted(self, x, kwargs.get("task"))
+        x = self.layernorm_embedding(x)
         if vis_feats is not None:
             x = torch.cat([x, self.visual_embedding(vis_feats, vis_boxes, img_order_ids, obj_order_ids)], 1)
         x = F.dropout(x, self.dropout, self.training)
-        mask = joint_mask(attention_mask, x.shape[1])
+        mask = joint_mask(attention_mask, x.shape[1], prompts)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=mask)
         for layer in self.layers:
             if not (self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop):
@@ -120,7 +124,7 @@ class VLBartModel(hf.BartModel):
             wanted = {k: v for k, v in kwargs.items() if not k.startswith("decoder_")}
             wanted = {k: v for k, v in wanted.items() if k not in ("past_key_values", "use_cache", "return_dict")}
             encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, **visual, **wanted)
-        mask = joint_mask(attention_mask, encoder_outputs[0].shape[1])
+        mask = joint_mask(attention_mask, encoder_outputs[0].shape[1], prompt_length(self.encoder))
         return super().forward(input_ids, mask, encoder_outputs=encoder_outputs, inputs_embeds=inputs_embeds, **kwargs)
 
 

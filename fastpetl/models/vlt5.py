@@ -26,6 +26,8 @@ from fastpetl.models._vl import (
     count_layers,
     joint_mask,
     load_original,
+    prompt_length,
+    prompted,
     sequence_loss,
     text_mask,
 )
@@ -82,13 +84,14 @@ class VLT5Encoder(hf.T5Stack):
             raise ValueError("VLT5Encoder: expected exactly one of input_ids and inputs_embeds")
         kwargs.pop("use_cache", None)
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x, prompts = prompted(self, x, kwargs.get("task"))
         n_text = x.shape[1]
         bias = self.block[0].layer[0].SelfAttention.compute_bias(n_text, n_text, device=x.device)
         if vis_feats is not None:
             vis = self.visual_embedding(vis_feats, vis_boxes, img_order_ids, obj_order_ids)
             x = torch.cat([x, vis], 1)
             bias = F.pad(bias, (0, vis.shape[1], 0, vis.shape[1]))
-        mask = joint_mask(attention_mask, x.shape[1])
+        mask = joint_mask(attention_mask, x.shape[1], prompts)
         mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=mask)
         x = self.dropout(x)
         for block in self.block:
@@ -169,7 +172,7 @@ class VLT5(hf.T5ForConditionalGeneration):
             wanted = {k: v for k, v in kwargs.items() if not k.startswith("decoder_")}
             wanted = {k: v for k, v in wanted.items() if k not in ("past_key_values", "use_cache", "return_dict")}
             encoder_outputs = self.encoder(input_ids, attention_mask, inputs_embeds, **visual, **wanted)
-        mask = joint_mask(attention_mask, encoder_outputs[0].shape[1])
+        mask = joint_mask(attention_mask, encoder_outputs[0].shape[1], prompt_length(self.encoder))
         out = super().forward(
             attention_mask=mask, decoder_input_ids=decoder_input_ids, encoder_outputs=encoder_outputs, **kwargs
         )

@@ -6,11 +6,12 @@ Source: `Adapter` and `AdapterController` of ylsung/VL_adapter (CVPR 2022); para
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
+from fastpetl.nn import compacter
 from fastpetl.nn.adapter import ACTIVATIONS
 from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure, structure_reason
 
@@ -29,6 +30,11 @@ class TaskAdapter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.up_sampler(ACTIVATIONS[self.activation](self.down_sampler(x)))
 
+    def weights(self) -> tuple:
+        """(w_down, b_down, w_up, b_up)."""
+        down, up = self.down_sampler, self.up_sampler
+        return down.weight, down.bias, up.weight, up.bias
+
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
 
@@ -38,7 +44,8 @@ class AdapterController(nn.Module):
 
     sharing "single": one adapter under every task's name; "multiple": one per task; "half": one per task whose
     `shared` half ("up" or "down") is the first task's. Weights are drawn as torch draws a Linear's, or with `std` from
-    N(0, std) with zero biases. `task` names whose adapter runs; None is right only where there is but one.
+    N(0, std) with zero biases. make(device=, dtype=): an adapter of another kind than `TaskAdapter`
+    (`fastpetl.nn.compacter`). `task` names whose adapter runs; None is right only where there is but one.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class AdapterController(nn.Module):
         bottleneck: int,
         tasks: Sequence[str],
         *,
+        make: Callable[..., nn.Module] | None = None,
         sharing: str = "single",
         shared: str = "up",
         activation: str = "gelu_tanh",
@@ -64,7 +72,7 @@ class AdapterController(nn.Module):
             if first is not None and sharing == "single":
                 self.adapters[task] = first
                 continue
-            adapter = TaskAdapter(hidden, bottleneck, activation, **made)
+            adapter = TaskAdapter(hidden, bottleneck, activation, **made) if make is None else make(**made)
             if first is not None and sharing == "half":
                 setattr(adapter, f"{shared}_sampler", getattr(first, f"{shared}_sampler"))
             self.adapters[task] = adapter
@@ -119,13 +127,14 @@ class FusedAdapterController(AdapterController):
 FusedAdapterController.__name__ = AdapterController.__name__  # accelerate and others match modules by class name
 
 _LINEARS = structure(down_sampler=nn.Linear, up_sampler=nn.Linear)
+_TASK_ADAPTER = Inlined(TaskAdapter, _LINEARS)
 _NORMS = structure(pre_layer_norm=nn.LayerNorm, post_layer_norm=nn.LayerNorm)
 CONTROLLERS = (AdapterController, FusedAdapterController)
 
 
 def controller_structure(controller: AdapterController) -> dict[str, Inlined]:
     """What a fused controller reads past its children's forward."""
-    adapters = {task: Inlined(TaskAdapter, _LINEARS) for task in controller.adapters._modules}
+    adapters = {task: _inlined(type(adapter)) for task, adapter in controller.adapters._modules.items()}
     return structure(adapters=Inlined(nn.ModuleDict, adapters)) | _norms(controller)
 
 
@@ -139,14 +148,19 @@ def _adapter_reason(controller, task, x) -> str | None:
     adapters = controller._modules["adapters"]
     if type(adapters) is not nn.ModuleDict:
         return f"adapters is a {type(adapters).__name__}, expected a ModuleDict"
-    controller.adapter(task)  # raises for a task it does not know
+    kind = type(controller.adapter(task))  # raises for a task it does not know
     name = next(iter(adapters._modules)) if task is None else task
-    return structure_reason(adapters, _one(name), x.dtype, x.device, "adapters.")
+    return structure_reason(adapters, _one(name, kind), x.dtype, x.device, "adapters.")
 
 
 @functools.lru_cache(maxsize=256)
-def _one(task: str) -> dict[str, Inlined]:
-    return structure(**{task: Inlined(TaskAdapter, _LINEARS)})
+def _one(task: str, kind: type) -> dict[str, Inlined]:
+    return structure(**{task: _inlined(kind)})
+
+
+def _inlined(kind: type) -> Inlined:
+    """What is read of an adapter of this class; of one that is not ours, that it is not a `TaskAdapter`."""
+    return compacter.INLINED.get(kind, _TASK_ADAPTER)
 
 
 def fused_controller(controller: AdapterController, x: torch.Tensor, task: str | None, backend: str) -> torch.Tensor:
@@ -155,13 +169,9 @@ def fused_controller(controller: AdapterController, x: torch.Tensor, task: str |
 
     adapter = controller.adapter(task)
     pre, post = controller._modules.get("pre_layer_norm"), controller._modules.get("post_layer_norm")
-    down, up = adapter.down_sampler, adapter.up_sampler
     h = ops.adapter(
         x,
-        down.weight,
-        down.bias,
-        up.weight,
-        up.bias,
+        *_weights(controller, adapter),
         norm_weight=None if pre is None else pre.weight,
         norm_bias=None if pre is None else pre.bias,
         eps=1e-5 if pre is None else pre.eps,
@@ -174,3 +184,13 @@ def fused_controller(controller: AdapterController, x: torch.Tensor, task: str |
         if post is None
         else torch.nn.functional.layer_norm(h, post.normalized_shape, post.weight, post.bias, post.eps) + x
     )
+
+
+def _weights(controller, adapter) -> tuple:
+    """The adapter's weights as matrices; those that have to be made first are kept while their parameters stay."""
+    if type(adapter) is TaskAdapter or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return adapter.weights()
+    from fastpetl.ops import WeightCache
+
+    cache = controller.__dict__.setdefault("_fastpetl_weights", WeightCache())
+    return cache.get(id(adapter), adapter.parameters(), adapter.weights)

@@ -12,9 +12,12 @@ from transformers.models.bart import modeling_bart as hf
 
 from fastpetl.nn.bart_adapters import AdapterBartDecoderLayer, AdapterBartEncoderLayer
 from fastpetl.nn.inline import structure
+from fastpetl.nn.lora import LoRALinear
+from fastpetl.nn.lora_layers import routed
 from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
 
 _FEED_FORWARD = structure(fc1=nn.Linear, fc2=nn.Linear)
+LORA_PROJECTIONS = structure(k_proj=nn.Linear, out_proj=nn.Linear)  # LoRALinears are called
 PROJECTIONS = structure(q_proj=nn.Linear, k_proj=nn.Linear, v_proj=nn.Linear, out_proj=nn.Linear)
 
 
@@ -25,9 +28,12 @@ class FusedBartAttention(Fused, hf.BartAttention):
         self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         x, source, size = hidden_states, key_value_states, self.head_dim
-        if self._declines(PROJECTIONS, x):
+        lora = isinstance(self.q_proj, LoRALinear)
+        if self._declines(LORA_PROJECTIONS if lora else PROJECTIONS, x):
             return super().forward(x, source, past_key_values, attention_mask, **kwargs)
-        if source is None:
+        if lora:
+            q, kv = self.q_proj(x), None
+        elif source is None:
             qkv = self._linear(x, self.q_proj, self.k_proj, self.v_proj, slot="qkv")
             out = None
             if past_key_values is None and not self.is_causal and not (self.training and self.dropout > 0):
@@ -39,7 +45,11 @@ class FusedBartAttention(Fused, hf.BartAttention):
             q, kv = self._linear(x, self.q_proj, slot="q"), None
 
         def keys():
-            both = kv or self._linear(source, self.k_proj, self.v_proj, slot="kv").chunk(2, -1)
+            if lora:
+                y = x if source is None else source
+                both = self._linear(y, self.k_proj, slot="k"), self.v_proj(y)
+            else:
+                both = kv or self._linear(source, self.k_proj, self.v_proj, slot="kv").chunk(2, -1)
             return [heads(t, size) for t in both]
 
         k, v = cached_keys(self, past_key_values, source, keys)
@@ -60,6 +70,11 @@ class _FusedLayer(Fused):
         f = f if adapter is None else adapter(f, task)
         return self._add_norm(x, drop(f, self.dropout, self.training), norm)
 
+    def _hear(self, task) -> None:
+        route = getattr(self, "_route", None)  # a layer with LoRA tells its linears
+        if route is not None:
+            route(task)
+
     def _feed_forward(self, x):
         h = self._linear(x, self.fc1, slot="fc1")
         dropped = self.training and self.activation_dropout > 0
@@ -75,6 +90,7 @@ class _FusedEncoder(_FusedLayer):
     def forward(self, hidden_states, attention_mask=None, task=None, **kwargs):
         x = hidden_states
         told = {} if task is None else {"task": task}
+        self._hear(task)
         if self._declines(self.structure, x):
             return super().forward(x, attention_mask, **told, **kwargs)
         f, _ = self.self_attn(x, attention_mask=attention_mask, **kwargs)
@@ -102,6 +118,7 @@ class _FusedDecoder(_FusedLayer):
     ):
         x, source, past = hidden_states, encoder_hidden_states, past_key_values
         told = {} if task is None else {"task": task}
+        self._hear(task)
         if self._declines(self.structure, x):
             return super().forward(x, attention_mask, source, encoder_attention_mask, past, use_cache, **told, **kwargs)
         f, _ = self.self_attn(x, past_key_values=past, attention_mask=attention_mask, **kwargs)
@@ -130,7 +147,17 @@ class FusedAdapterBartDecoderLayer(_FusedDecoder, AdapterBartDecoderLayer):
     """AdapterBartDecoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
 
 
+class FusedLoRABartEncoderLayer(_FusedEncoder, routed(hf.BartEncoderLayer)):
+    """LoRABartEncoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+
+class FusedLoRABartDecoderLayer(_FusedDecoder, routed(hf.BartDecoderLayer)):
+    """LoRABartDecoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
 FusedBartAttention.__name__ = "BartAttention"
-FusedBartEncoderLayer.__name__ = FusedAdapterBartEncoderLayer.__name__ = "BartEncoderLayer"
-FusedBartDecoderLayer.__name__ = FusedAdapterBartDecoderLayer.__name__ = "BartDecoderLayer"
+for _cls in (FusedBartEncoderLayer, FusedAdapterBartEncoderLayer, FusedLoRABartEncoderLayer):
+    _cls.__name__ = "BartEncoderLayer"
+for _cls in (FusedBartDecoderLayer, FusedAdapterBartDecoderLayer, FusedLoRABartDecoderLayer):
+    _cls.__name__ = "BartDecoderLayer"

@@ -7,8 +7,10 @@ from torch import nn
 from transformers.models.t5 import modeling_t5 as hf
 
 from fastpetl.nn.inline import note_fallback, structure
+from fastpetl.nn.lora import LoRALinear
 from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
 
+LORA_PROJECTIONS = structure(k=nn.Linear, o=nn.Linear)  # LoRALinears are called
 PROJECTIONS = structure(q=nn.Linear, k=nn.Linear, v=nn.Linear, o=nn.Linear)
 DENSE = structure(wi=nn.Linear, wo=nn.Linear, dropout=nn.Dropout)
 GATED = structure(wi_0=nn.Linear, wi_1=nn.Linear, wo=nn.Linear, dropout=nn.Dropout)
@@ -21,17 +23,24 @@ class FusedT5Attention(Fused, hf.T5Attention):
         self, hidden_states, mask=None, key_value_states=None, position_bias=None, past_key_values=None, **kwargs
     ):
         x, source, past, size = hidden_states, key_value_states, past_key_values, self.key_value_proj_dim
-        if self._declines(PROJECTIONS, x):
+        lora = isinstance(self.q, LoRALinear)
+        if self._declines(LORA_PROJECTIONS if lora else PROJECTIONS, x):
             return super().forward(x, mask, source, position_bias, past, **kwargs)
         seen = past.get_seq_length(self.layer_idx) if past is not None else 0
         seen = seen.clone() if isinstance(seen, torch.Tensor) else seen  # a static cache counts in place
-        if source is None:
+        if lora:
+            q, kv = self.q(x), None
+        elif source is None:
             q, *kv = self._linear(x, self.q, self.k, self.v, slot="qkv").chunk(3, -1)
         else:
             q, kv = self._linear(x, self.q, slot="q"), None
 
         def keys():
-            both = kv or self._linear(source, self.k, self.v, slot="kv").chunk(2, -1)
+            if lora:
+                y = x if source is None else source
+                both = self._linear(y, self.k, slot="k"), self.v(y)
+            else:
+                both = kv or self._linear(source, self.k, self.v, slot="kv").chunk(2, -1)
             return [heads(t, size) for t in both]
 
         k, v = cached_keys(self, past, source, keys)

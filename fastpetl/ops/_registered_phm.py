@@ -32,7 +32,8 @@ def _context(ctx, inputs, output):
 
 
 def _gradient(ctx, grad):
-    rules, weights = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
+    tensors = ctx.saved_tensors  # once: a checkpoint unpacks them only once
+    rules, weights = tensors[: ctx.count], tensors[ctx.count :]
     wanted = ctx.needs_input_grad
     needs = any(wanted[0]) | any(wanted[1]) << 1
     flat = torch.ops.fastpetl.phm_weights_backward(grad, rules, weights, needs, ctx.backend)

@@ -230,7 +230,8 @@ class _Phm(torch.autograd.Function):
     @first_order("phm_weights")
     def backward(ctx, grad):
         name, count = ctx.config
-        rules, weights = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        tensors = ctx.saved_tensors  # once: a checkpoint unpacks them only once
+        rules, weights = tensors[:count], tensors[count:]
         wanted = ctx.needs_input_grad[2:]
         needs = any(wanted[:count]) | any(wanted[count:]) << 1
         flat = _phm.run_backward(name, grad, rules, weights, needs)

@@ -81,14 +81,14 @@ class Seq2SeqFamily:
         return None
 
     def is_attached(self, host) -> bool:
-        return any(child.endswith("_adapter") for _, layer in self._layers(host) for child in layer._modules)
+        adapters = any(child.endswith("_adapter") for _, layer in self._layers(host) for child in layer._modules)
+        lora = any(hasattr(module, "lora_As") for module in host.modules())
+        return adapters or lora or "prompt_modules" in host.encoder._modules
 
     def attach_adapter(self, host, config) -> None:
-        """Semantics: an AdapterController after each sublayer, before dropout and residual; vl_adapter.md 2 of the
-        original has the places, `config` the sizes.
+        """Semantics: what config.site makes after each sublayer, before dropout and residual; vl_adapter.md 2 of the
+        original has the places.
         """
-        from fastpetl.nn.adapter_controller import AdapterController
-
         sites = self.sites()
         for _, layer in list(self._layers(host)):
             adapter_class, children = sites[type(layer)]
@@ -96,21 +96,59 @@ class Seq2SeqFamily:
             for child, cross in children.items():
                 if cross and not config.cross_attention:
                     continue
-                controller = AdapterController(
-                    self.hidden(host),
-                    config.bottleneck,
-                    config.tasks,
-                    sharing=config.sharing,
-                    shared=config.shared,
-                    activation=config.activation,
-                    norm_before=config.norm_before,
-                    norm_after=config.norm_after,
-                    std=self.std(host.config),
-                    device=like.device,
-                    dtype=like.dtype,
-                )
-                layer.add_module(child, controller.train(layer.training))
+                made = {"device": like.device, "dtype": like.dtype}
+                site = config.site(self.hidden(host), self.std(host.config), **made)
+                layer.add_module(child, site.train(layer.training))
             layer.__class__ = adapter_class
+
+    queries_and_values: tuple[str, str]  # the projections' names in an attention
+    lora_layers: tuple[str, ...]  # the classes of the layers attentions are in
+
+    def attach_lora(self, host, config) -> None:
+        """Semantics: the query and value projections of all attentions become LoRALinears, their layers are told the
+        task.
+        """
+        from fastpetl.nn.lora import LoRALinear
+        from fastpetl.nn.lora_layers import routed
+
+        library = sys.modules[self.module]
+        kinds = {getattr(library, name): routed(getattr(library, name)) for name in self.lora_layers}
+        for part in (host.encoder, host.decoder):
+            for layer in [module for module in part.modules() if type(module) in kinds]:
+                for name, linear in list(layer.named_modules()):
+                    if name.split(".")[-1] not in self.queries_and_values:
+                        continue
+                    if type(linear) is not nn.Linear:
+                        kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+                        raise ValueError(f"attach: {name} is {kind}, expected torch.nn.Linear")
+                    linear.__class__ = LoRALinear
+                    scale = config.alpha / config.rank
+                    linear.add(config.tasks, config.rank, sharing=config.sharing, scale=scale, dropout=config.dropout)
+                layer.__class__ = kinds[type(layer)]
+
+    def detach_lora(self, host) -> None:
+        from fastpetl.nn.lora import LoRALinear, LoRATask
+
+        for module in [*host.encoder.modules(), *host.decoder.modules()]:
+            if isinstance(module, LoRALinear):
+                module.remove()
+                module.__class__ = nn.Linear
+            elif isinstance(module, LoRATask):
+                module.__dict__.pop("_fastpetl_task", None)
+                module.__class__ = type(module).__bases__[1]
+
+    def attach_prompt(self, host, config) -> None:
+        """Semantics: the prompts' module on the encoder, which must be one that asks for them (VL-BART's, VL-T5's)."""
+        if "fastpetl.models" not in type(host.encoder).__module__:
+            kind = f"{type(host.encoder).__module__}.{type(host.encoder).__qualname__}"
+            raise ValueError(f"attach: the encoder is {kind}, expected VL-BART's or VL-T5's for prompts")
+        like = next(host.parameters())
+        made = {"device": like.device, "dtype": like.dtype}
+        prompts = config.controller(self.hidden(host), self.std(host.config), **made)
+        host.encoder.prompt_modules = prompts.train(host.encoder.training)
+
+    def detach_prompt(self, host) -> None:
+        host.encoder._modules.pop("prompt_modules", None)
 
     def detach_adapter(self, host) -> None:
         originals = {adapter_class: cls for cls, (adapter_class, _) in self.sites().items()}

@@ -34,4 +34,18 @@ RULES = (
         check=_check_controller,
         ops=("adapter",),
     ),
+    Rule(
+        kind="lora_linear",
+        target="fastpetl.nn.lora:LoRALinear",
+        replacement="fastpetl.nn.lora:FusedLoRALinear",
+        check=lambda linear: None,
+        ops=("linear", "adapter"),
+    ),
+    Rule(
+        kind="hyper_adapter",
+        target="fastpetl.nn.hyperformer:HyperSite",
+        replacement="fastpetl.nn.hyperformer:FusedHyperSite",
+        check=lambda site: None,
+        ops=("adapter",),
+    ),
 )

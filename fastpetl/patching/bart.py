@@ -9,6 +9,7 @@ from fastpetl.patching.registry import Rule
 
 _HF = "transformers.models.bart.modeling_bart"
 _NN = "fastpetl.nn.bart"
+_LORA = "fastpetl.nn.lora_layers"
 _PLAIN = "fastpetl.nn.bart_adapters"
 _FORWARD = {  # what the fused classes were written for
     "BartAttention": ["hidden_states", "key_value_states", "past_key_values", "attention_mask", "kwargs"],
@@ -21,9 +22,14 @@ _FORWARD = {  # what the fused classes were written for
 
 
 def _check_attention(attention) -> str | None:
-    from fastpetl.nn.bart import PROJECTIONS
+    from fastpetl.nn.bart import LORA_PROJECTIONS, PROJECTIONS
+    from fastpetl.nn.inline import structure_reason
+    from fastpetl.nn.lora import LoRALinear
 
-    return original_signature(_HF, "BartAttention", _FORWARD) or attention_check(attention, PROJECTIONS)
+    reason = original_signature(_HF, "BartAttention", _FORWARD)
+    if reason is None and isinstance(attention.q_proj, LoRALinear):
+        return structure_reason(attention, LORA_PROJECTIONS)
+    return reason or attention_check(attention, PROJECTIONS)
 
 
 def _check_layer(layer) -> str | None:
@@ -53,6 +59,8 @@ RULES = (
     _layer("decoder_layer", f"{_HF}:BartDecoderLayer", "FusedBartDecoderLayer"),
     _layer("encoder_layer", f"{_PLAIN}:AdapterBartEncoderLayer", "FusedAdapterBartEncoderLayer"),
     _layer("decoder_layer", f"{_PLAIN}:AdapterBartDecoderLayer", "FusedAdapterBartDecoderLayer"),
+    _layer("encoder_layer", f"{_LORA}:LoRABartEncoderLayer", "FusedLoRABartEncoderLayer"),
+    _layer("decoder_layer", f"{_LORA}:LoRABartDecoderLayer", "FusedLoRABartDecoderLayer"),
 )
 
 
@@ -63,6 +71,8 @@ class BartFamily(Seq2SeqFamily):
     module = _HF
     host_classes = ("BartModel",)
     trains_norms = True
+    queries_and_values = ("q_proj", "v_proj")
+    lora_layers = ("BartEncoderLayer", "BartDecoderLayer")
     ignored = ("encoder.version", "decoder.version", "position_ids")
 
     def sites(self) -> dict:

@@ -18,9 +18,14 @@ _FORWARD = {  # what the fused classes were written for
 
 
 def _check_attention(attention) -> str | None:
-    from fastpetl.nn.t5 import PROJECTIONS
+    from fastpetl.nn.inline import structure_reason
+    from fastpetl.nn.lora import LoRALinear
+    from fastpetl.nn.t5 import LORA_PROJECTIONS, PROJECTIONS
 
-    return original_signature(_HF, "T5Attention", _FORWARD) or attention_check(attention, PROJECTIONS)
+    reason = original_signature(_HF, "T5Attention", _FORWARD)
+    if reason is None and isinstance(attention.q, LoRALinear):
+        return structure_reason(attention, LORA_PROJECTIONS)
+    return reason or attention_check(attention, PROJECTIONS)
 
 
 def _check_norm(norm) -> str | None:
@@ -55,6 +60,8 @@ class T5Family(Seq2SeqFamily):
     module = _HF
     host_classes = ("T5Model", "T5ForConditionalGeneration")
     trains_norms = False
+    queries_and_values = ("q", "v")
+    lora_layers = ("T5Block",)
     ignored = ("layer.1.EncDecAttention.relative_attention_bias.weight",)
 
     def sites(self) -> dict:

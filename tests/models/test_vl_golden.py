@@ -22,19 +22,24 @@ FUSED = {
     "vlbart": {"bart.attention", "bart.encoder_layer", "bart.decoder_layer"},
     "vlt5": {"t5.attention", "t5.norm", "t5.feed_forward"},
 }
-CASES = [(kind, method) for kind in KINDS for method in METHODS]
+CASES = [(kind, method) for kind in KINDS for method in METHODS if (kind, method[-4:]) != ("vlt5", "lora")]
+
+
+# LoRA's runs were recorded with its dropout of 0.1 on, from a seed nobody wrote down: tests/methods/test_methods.py has
+# another source for its numbers; names and trainable sets below are the originals'.
+NUMBERS = [case for case in CASES if "lora" not in case[1]]
 
 
 @pytest.mark.parametrize("patch", [False, True], ids=["eager", "patched"])
-@pytest.mark.parametrize(("kind", "method"), CASES)
+@pytest.mark.parametrize(("kind", "method"), NUMBERS)
 def test_logits_loss_and_gradients(kind, method, patch):
     tensors, meta = golden(kind, method)
     model = golden_model(kind, method)
     if patch:
         fastpetl.patch(model, strict=True)
         found = {row.kind for row in fastpetl.report(model).rows if row.status == "patched"}
-        assert ("adapter_controller" in found) == (method != "none")
-        assert found - {"adapter_controller"} == FUSED[kind]
+        own = {"none": set(), "hyperformer": {"hyper_adapter"}, "lora": {"lora_linear"}, "prompt": set()}
+        assert found == FUSED[kind] | own.get(method.removeprefix("multiple_"), {"adapter_controller"})
     tasks = [task for task in meta["tasks"] if f"{task}/output/logits" in tensors]
     assert len(tasks) >= 2
     for task in tasks:
@@ -51,6 +56,9 @@ def test_logits_loss_and_gradients(kind, method, patch):
         out.loss.backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         want = part(tensors, f"{task}/grad/")
+        if method == "hyperformer" and task != "vqa":  # a megabyte of gradients, kept for one task
+            assert not want and len(tasks) > 1
+            continue
         assert gradients.keys() == want.keys()
         scale = max(g.norm().item() for g in want.values())
         for name, grad in want.items():

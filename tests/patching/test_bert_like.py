@@ -255,7 +255,7 @@ def test_lxmert_gives_its_maps_by_the_original():
 def test_gradient_checkpointing(name, reentrant):
     patched, plain = pair(name)
     want = numbers(plain, train=True)[1]
-    fastpetl.backends.forget()  # measuring happens inside a checkpoint, and what it finds must hold for the recomputation
+    fastpetl.backends.forget()  # measured inside a checkpoint: what is found must hold for the recomputation
     patched.gradient_checkpointing_enable({"use_reentrant": reentrant})
     if reentrant and name != "clip_vision":
         patched.enable_input_require_grads()

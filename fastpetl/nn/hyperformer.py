@@ -1,0 +1,172 @@
+"""VL-Adapter's Hyperformer: adapters whose weights a small network makes from the task, the layer and the sublayer.
+
+Source: `AdapterLayersHyperNetController` (one generator per kind of sublayer) and `AdapterLayersOneHyperNetController`
+(one for all) of ylsung/VL_adapter (CVPR 2022), after Hyperformer (ACL 2021); parameter names, misspelt ones too, are
+theirs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+KINDS = ("feed_forward", "self_attention", "cross_attention")  # the order of the rows of adapters_block_type
+TASK_SIZE, HIDDEN = 512, 128  # the original's defaults: of a task's, layer's and kind's embedding, of the network
+
+
+class TaskEmbeddings(nn.Module):
+    """One trained vector [512] per task, N(0, 1)."""
+
+    def __init__(self, tasks, **made):
+        super().__init__()
+        self.task_to_embeddings = nn.ParameterDict()
+        for task in tasks:  # one by one: given a dict, it would sort them
+            self.task_to_embeddings[task] = nn.Parameter(torch.randn(TASK_SIZE, **made))
+
+
+class _Generator(nn.Module):
+    """Semantics: weight = (W e + c) read row by row, bias = V e + u."""
+
+    def __init__(self, features: int, weight: int, bias: int, std: float, **made):
+        super().__init__()
+        self.weight_generator = nn.Sequential(_linear(features, weight, std, **made))
+        self.bias_generator = nn.Sequential(_linear(features, bias, std, **made))
+
+    def pairs(self) -> tuple:
+        return tuple((g[0].weight, g[0].bias) for g in (self.weight_generator, self.bias_generator))
+
+
+class _TaskNet(nn.Module):
+    def __init__(self, inputs: int, features: int, std: float, **made):
+        super().__init__()
+        self.task_embeding_generator = nn.Sequential(  # the original's spelling: a name in its checkpoints
+            _linear(inputs, HIDDEN, std, **made), nn.ReLU(), _linear(HIDDEN, features, std, **made)
+        )
+
+
+def _linear(inputs, outputs, std, **made) -> nn.Linear:
+    linear = nn.Linear(inputs, outputs, **made)
+    nn.init.normal_(linear.weight, std=std)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class HyperNet(nn.Module):
+    """Semantics: the adapter of task t, layer l and kind k: generators of e = LN(net([task_t, layer_l (, kind_k)])).
+
+    One for the encoder, one for the decoder. unified: one pair of generators for all kinds, which are an input.
+    std: of the drawn linears (0.02 where BART's initialiser draws them again; 0.01 and layer ids N(0, 1) for T5).
+    """
+
+    def __init__(self, embeddings, layers, kinds, hidden, bottleneck, features, *, unified, std, **made):
+        super().__init__()
+        self.__dict__["embeddings"] = embeddings  # registered elsewhere
+        self.unified = unified
+        draw = 0.01 if std is None else std
+        self.layer_id_embeddings = nn.Embedding(layers, TASK_SIZE, **made)
+        if unified:
+            self.adapters_block_type = nn.Embedding(len(KINDS), TASK_SIZE, **made)
+        if std is not None:
+            for embedding in (m for m in self.children()):
+                nn.init.normal_(embedding.weight, std=std)
+        self.task_hypernet = _TaskNet(TASK_SIZE * (3 if unified else 2), features, draw, **made)
+        self.LayerNorm = nn.LayerNorm(features, eps=1e-6, **made)
+        for kind in ("",) if unified else [f"{kind}_" for kind in KINDS if kind in kinds]:
+            up, down = (features, hidden * bottleneck, hidden), (features, hidden * bottleneck, bottleneck)
+            self.add_module(f"{kind}up_sampler_hyper_net", _Generator(*up, draw, **made))
+            self.add_module(f"{kind}down_sampler_hyper_net", _Generator(*down, draw, **made))
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.embeddings.task_to_embeddings)
+
+    def weights(self, task: str, layer: int, kind: str) -> tuple:
+        """Semantics: (w_down, b_down, w_up, b_up, None, None) of one site."""
+        from fastpetl.ops import hyper_embedding, hyper_weights
+
+        one, net = slice(layer, layer + 1), self.task_hypernet.task_embeding_generator
+        kinds = None
+        if self.unified:
+            row = KINDS.index(kind)
+            kinds = self.adapters_block_type.weight[row : row + 1]
+        e = hyper_embedding(
+            self.embeddings.task_to_embeddings[task],
+            self.layer_id_embeddings.weight[one],
+            net[0].weight,
+            net[0].bias,
+            net[2].weight,
+            net[2].bias,
+            self.LayerNorm.weight,
+            self.LayerNorm.bias,
+            kinds=kinds,
+            eps=self.LayerNorm.eps,
+        )
+        prefix = "" if self.unified else f"{kind}_"
+        down, up = (self._modules[f"{prefix}{side}_sampler_hyper_net"].pairs() for side in ("down", "up"))
+        return hyper_weights(e.flatten(0, -2), down, up)[0]
+
+
+class HyperSite(nn.Module):
+    """Semantics: y = x + U(x), U the adapter that the stack's `HyperNet` makes for this place; has no parameters.
+
+    In inference what was made is kept while the parameters it was made of stay as they are.
+    """
+
+    def __init__(self, kind: str, activation: str):
+        super().__init__()
+        self.kind, self.activation = kind, activation
+
+    def place(self, net: HyperNet, layer: int) -> None:
+        self.__dict__.update(net=net, layer=layer)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return self.net.tasks
+
+    def forward(self, x: torch.Tensor, task: str | None = None) -> torch.Tensor:
+        from fastpetl.ops import hyper_adapter_reference
+
+        return hyper_adapter_reference(x, self._weights(self._task(task)), activation=self.activation, residuals=(x,))
+
+    def _task(self, task):
+        if task not in self.tasks:
+            raise ValueError(
+                f"HyperSite: task is {task!r}, expected one of {', '.join(self.tasks)}: fastpetl.task(model, name), or "
+                "model(..., task=name)"
+            )
+        return task
+
+    def _weights(self, task):
+        make = lambda: self.net.weights(task, self.layer, self.kind)  # noqa: E731
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return make()
+        from fastpetl.ops import WeightCache
+
+        cache = self.__dict__.setdefault("_fastpetl_weights", WeightCache())
+        return cache.get(task, [*self.net.parameters(), self.net.embeddings.task_to_embeddings[task]], make)
+
+    def extra_repr(self) -> str:
+        return f"kind={self.kind}, activation={self.activation}"
+
+
+class FusedHyperSite(HyperSite):
+    """`HyperSite` in one op. Made by `fastpetl.patch`, never constructed."""
+
+    _fastpetl_backend = "auto"
+    _fastpetl_fallback = None
+
+    def forward(self, x: torch.Tensor, task: str | None = None) -> torch.Tensor:
+        from fastpetl import ops
+        from fastpetl.nn.inline import call_reason, note_fallback
+
+        reason = call_reason(self, {}, x)
+        weights = self._weights(self._task(task))
+        if reason is None and weights[0].dtype != x.dtype:
+            reason = f"the generated weights are {weights[0].dtype}, the input {x.dtype}"
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(x, task)
+        return ops.hyper_adapter(x, weights, activation=self.activation, residuals=(x,), backend=self._fastpetl_backend)
+
+
+FusedHyperSite.__name__ = HyperSite.__name__  # accelerate and others match modules by class name

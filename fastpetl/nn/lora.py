@@ -1,0 +1,117 @@
+"""LoRA per task: frozen linears with a trained low-rank update, in plain torch, and the fused subclass.
+
+Source: `LoRALinearController` of ylsung/VL_adapter (CVPR 2022), after loralib; parameter names are theirs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastpetl.nn.inline import call_reason, note_fallback
+from fastpetl.nn.tasks import TaskRouted
+
+
+class LoRALinear(nn.Linear):
+    """Semantics: y = x W^T + b + scale * (drop(x) A_t^T) B_t^T for the task t; A_t [rank, in], B_t [out, rank].
+
+    An nn.Linear with two more children, `lora_As` and `lora_Bs`, one entry per task; "single" is the same parameters
+    under all tasks' names. The task is that of the layer it is in (`LoRATask`).
+    """
+
+    def add(self, tasks, rank: int, *, sharing: str, scale: float, dropout: float) -> None:
+        """Semantics: turns into one what was an nn.Linear: A as torch draws a Linear's weight, B zeros."""
+        self.lora_As, self.lora_Bs = nn.ParameterDict(), nn.ParameterDict()
+        self.scale, self.dropout, first = scale, dropout, None
+        for task in tasks:
+            if first is None or sharing == "multiple":
+                a, b = self.weight.new_empty(rank, self.in_features), self.weight.new_zeros(self.out_features, rank)
+                nn.init.kaiming_uniform_(a, a=5**0.5)
+                first = nn.Parameter(a), nn.Parameter(b)
+            self.lora_As[task], self.lora_Bs[task] = first
+
+    def remove(self) -> None:
+        for name in ("lora_As", "lora_Bs"):
+            self._modules.pop(name, None)
+        for name in ("scale", "dropout", "_fastpetl_current", "_fastpetl_weights"):
+            self.__dict__.pop(name, None)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.lora_As.keys())
+
+    def update(self) -> tuple:
+        """(A, B) of the task this call is for."""
+        task, names = self.__dict__.get("_fastpetl_current"), self.tasks
+        if task is None and len({id(self.lora_As[name]) for name in names}) == 1:
+            task = names[0]
+        if task not in names:
+            raise ValueError(
+                f"LoRALinear: task is {task!r}, expected one of {', '.join(names)}: fastpetl.task(model, name), or "
+                "model(..., task=name)"
+            )
+        return self.lora_As[task], self.lora_Bs[task]
+
+    def forward(self, x):
+        a, b = self.update()
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(self._dropped(x), a), b) * self.scale
+
+    def _dropped(self, x):
+        return F.dropout(x, self.dropout) if self.training and self.dropout > 0 else x
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, rank={next(iter(self.lora_As.values())).shape[0]}, scale={self.scale}"
+
+
+class FusedLoRALinear(LoRALinear):
+    """`LoRALinear` with the update added where its kernel writes; in inference merged into the weight, which is kept
+    while W, A and B stay as they are. Made by `fastpetl.patch`, never constructed.
+    """
+
+    _fastpetl_backend = "auto"
+    _fastpetl_fallback = None
+
+    def forward(self, x):
+        reason = call_reason(self, {}, x)
+        if reason is None and self.weight.dtype != x.dtype:
+            reason = f"weight has dtype {self.weight.dtype}, the input {x.dtype}"
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(x)
+        from fastpetl import ops
+        from fastpetl.backends import for_op
+
+        a, b = self.update()
+        biases = None if self.bias is None else (self.bias,)
+        linear = for_op("linear", self._fastpetl_backend)
+        if not torch.is_grad_enabled() and not self.training and not torch.compiler.is_compiling():
+            cache = self.__dict__.setdefault("_fastpetl_weights", ops.WeightCache())
+            weight = cache.get(id(a), (self.weight, a, b), lambda: torch.addmm(self.weight, b, a, alpha=self.scale))
+            return ops.linear(x, (weight,), biases, backend=linear)
+        base = ops.linear(x, (self.weight,), biases, backend=linear)
+        u = self._dropped(x)
+        if self.in_features != self.out_features:
+            return base + F.linear(F.linear(u, a), b) * self.scale
+        backend = for_op("adapter", self._fastpetl_backend)
+        return ops.adapter(
+            u, a, None, b, None, activation="identity", scale=self.scale, residuals=(base,), backend=backend
+        )
+
+
+FusedLoRALinear.__name__ = LoRALinear.__name__  # accelerate and others match modules by class name
+
+
+class LoRATask(TaskRouted):
+    """Mixin of a layer with LoRALinears in it, before the original: tells them the task of this call, so that a layer
+    recomputed in the backward is that of its forward.
+    """
+
+    def forward(self, *args, task=None, **kwargs):
+        self._route(task)
+        return super().forward(*args, **kwargs)
+
+    def _route(self, task) -> None:
+        for module in self.modules():
+            if isinstance(module, LoRALinear):
+                module.__dict__["_fastpetl_current"] = task

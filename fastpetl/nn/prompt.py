@@ -1,0 +1,65 @@
+"""VL-Adapter's prompts: trained vectors in front of the text, per task, re-parameterised by a small network.
+
+Source: `InputPrompts` and `PromptController` of ylsung/VL_adapter (CVPR 2022), after prefix tuning; parameter names are
+theirs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastpetl.nn.tasks import TaskRouted
+
+
+class InputPrompts(nn.Module):
+    """Semantics: prompts [length, hidden] = Linear(tanh(Linear(Embedding))); the original runs the network once for
+    each sample of the batch, here it runs once.
+    """
+
+    def __init__(self, length: int, hidden: int, middle: int, std: float | None, **made):
+        super().__init__()
+        first, last = nn.Linear(hidden, middle, **made), nn.Linear(middle, hidden, **made)
+        self.prefix_embedding = nn.Sequential(nn.Embedding(length, hidden, **made), first, nn.Tanh(), last)
+        if std is not None:
+            nn.init.normal_(self.prefix_embedding[0].weight, std=std)
+            for linear in (first, last):
+                nn.init.normal_(linear.weight, std=std)
+                nn.init.zeros_(linear.bias)
+
+    def forward(self) -> torch.Tensor:
+        table, *network = self.prefix_embedding
+        x = table.weight
+        for module in network:
+            x = module(x)
+        return x
+
+
+class PromptController(TaskRouted, nn.Module):
+    """Semantics: the task's prompts for a batch, [batch, length, hidden]; one InputPrompts under all tasks' names
+    ("single") or one per task ("multiple").
+    """
+
+    def __init__(self, tasks, length, hidden, middle, *, sharing: str, std: float | None, **made):
+        super().__init__()
+        self.length = length
+        self.prompts, first = nn.ModuleDict(), None
+        for task in tasks:
+            if first is None or sharing == "multiple":
+                first = InputPrompts(length, hidden, middle, std, **made)
+            self.prompts[task] = first
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(self.prompts)
+
+    def forward(self, batch: int, task: str | None = None) -> torch.Tensor:
+        prompts = self.prompts._modules
+        if task is None and len({id(prompt) for prompt in prompts.values()}) == 1:
+            task = next(iter(prompts))
+        if task not in prompts:
+            raise ValueError(
+                f"PromptController: task is {task!r}, expected one of {', '.join(prompts)}: "
+                "fastpetl.task(model, name), or model(..., task=name)"
+            )
+        return prompts[task]().expand(batch, -1, -1)
