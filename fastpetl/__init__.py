@@ -23,6 +23,7 @@ _NAMES = {
     "CompacterConfig": "fastpetl.methods",
     "LowRankConfig": "fastpetl.methods",
     "HyperformerConfig": "fastpetl.methods",
+    "BaselineConfig": "fastpetl.methods",
     "LoRAConfig": "fastpetl.methods",
     "PromptConfig": "fastpetl.methods",
     "task": "fastpetl.methods.tasks",

@@ -154,7 +154,12 @@ def _unpatched(model: nn.Module):
 def main(argv: list[str] | None = None) -> int:
     """Semantics: the command line: counts a model of the paper's size with random weights."""
     parser = argparse.ArgumentParser(prog="python -m fastpetl count", description="Parameters and MACs of a model.")
-    parser.add_argument("model", choices=["vilt"], help="ViLT-B/32 for VQAv2 with DAS adapters")
+    parser.add_argument(
+        "model",
+        choices=["vilt", "vlbart", "vlt5"],
+        help="vilt: ViLT-B/32 for VQAv2 with DAS adapters; vlbart, vlt5: VL-Adapter's methods on them, parameters only",
+    )
+    parser.add_argument("--method", help="vlbart, vlt5: one of VL-Adapter's methods, default: all")
     parser.add_argument(
         "--image-size", type=int, nargs=2, default=(384, 384), metavar=("H", "W"), help="default: 384 384"
     )
@@ -164,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--skip-bottleneck", type=int, help="of the shortcut adapters, default: 192")
     parser.add_argument("--no-adapters", action="store_true", help="plain ViLT: no adapters, skipping by identity")
     args = parser.parse_args(argv)
+    if args.model != "vilt":
+        return _methods(parser, args)
     try:
         from transformers import ViltConfig, ViltForQuestionAnswering
     except ImportError as error:
@@ -192,3 +199,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 make_callable(__name__, count)
+
+
+def _methods(parser, args) -> int:
+    try:
+        from fastpetl.methods import published
+    except ImportError as error:
+        print(f"count: transformers does not import ({error}): pip install transformers")
+        return 1
+    if args.method is not None and args.method not in published.METHODS:
+        parser.error(f"--method is {args.method}, expected one of {', '.join(published.METHODS)}")
+    print(published.table(args.model, published.METHODS if args.method is None else (args.method,)))
+    return 0

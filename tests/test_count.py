@@ -108,3 +108,15 @@ def test_command_line(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["bert"])
     capsys.readouterr()
+
+
+def test_command_line_of_the_methods(capsys):
+    assert fastpetl.count.main(["vlbart", "--method", "compacter"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].split() == ["compacter", "single", "143,395,104", "3,870,240", "2.70", "2.70"]
+    assert printed[3].split() == ["compacter", "multiple", "150,109,824", "10,584,960", "7.05", "-"]
+    assert fastpetl.count.main(["vlt5", "--method", "prompt"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[2:] == ["225,801,248", "2,842,400", "1.26", "-"]
+    with pytest.raises(SystemExit):
+        fastpetl.count.main(["vlbart", "--method", "x"])
+    assert "--method is x, expected one of adapter, compacter" in capsys.readouterr().err

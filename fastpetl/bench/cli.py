@@ -20,6 +20,7 @@ SCHEMA = 1
 ROUNDS = {
     "vilt": (9, 3),
     "models": (9, 3),
+    "methods": (9, 3),
     "ops": (15, 5),
     "skip": (9, 3),
 }  # samples per variant: usually, and with --quick
@@ -73,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "what",
         choices=sorted(ROUNDS),
-        help="vilt: ViLT with DAS adapters; models: METER, VL-BART and VL-T5 with adapters; ops: the kernel "
+        help="vilt: ViLT with DAS adapters; models: METER, VL-BART and VL-T5 with adapters; methods: "
+        "VL-BART with adapters, Compacter, Hyperformer and LoRA; ops: the kernel "
         "family, op by op; skip: MACs skipped against time saved",
     )
     parser.add_argument("--quick", action="store_true", help="few samples")
@@ -85,7 +87,9 @@ def _parser() -> argparse.ArgumentParser:
         help="run what contains a PART: vilt fp32/train/patched or bf16/memory/eager, models vlbart/fp32, "
         "ops fp32/adapter/r96/forward/cpp, skip train/static or scoring",
     )
-    parser.add_argument("--batch", type=int, default=0, metavar="N", help="vilt, models: N samples a batch (no bars)")
+    parser.add_argument(
+        "--batch", type=int, default=0, metavar="N", help="vilt, models, methods: samples a batch (no bars)"
+    )
     parser.add_argument("--losses", action="store_true", help="vilt: compare 50 training losses as well (minutes)")
     parser.add_argument("--default-malloc", action="store_true", help="leave glibc's malloc as it is")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests: sizes that mean nothing

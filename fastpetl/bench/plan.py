@@ -4,7 +4,11 @@ from __future__ import annotations
 
 DTYPES = ("fp32", "bf16")
 MODES = ("inference", "train")
-MODELS = {"vilt": ("vilt",), "models": ("meter", "vlbart", "vlt5")}  # the workloads of each command
+MODELS = {  # the workloads of each command
+    "vilt": ("vilt",),
+    "models": ("meter", "vlbart", "vlt5"),
+    "methods": ("vlbart", "vlbart_compacter", "vlbart_hyperformer", "vlbart_lora"),
+}
 VARIANTS = ("eager", "compile", "routed", "patched")
 MEMORY_VARIANTS = ("eager", "patched")
 LOSSES = "vilt"  # the model whose losses --losses compares

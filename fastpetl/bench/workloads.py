@@ -111,11 +111,12 @@ _TINY_LAYERS = {
 }
 
 
-def _seq2seq(kind: str, tiny: bool) -> nn.Module:
+def _seq2seq(kind: str, tiny: bool, method: str = "adapter") -> nn.Module:
     import fastpetl
     from fastpetl import models
 
     torch.manual_seed(0)
+    kinds = {cls.method: cls for cls in fastpetl.methods.CONFIGS}
     model_class, config_class = {
         "vlbart": (models.VLBart, models.VLBartConfig),
         "vlt5": (models.VLT5, models.VLT5Config),
@@ -127,7 +128,11 @@ def _seq2seq(kind: str, tiny: bool) -> nn.Module:
         still = {"dropout_rate": 0.0, "initializer_factor": 0.1}
     sizes = {**_TINY, **_TINY_LAYERS[kind]} if tiny else {}
     model = model_class(config_class(**still, **sizes))
-    fastpetl.attach(model, fastpetl.AdapterConfig(bottleneck=8 if tiny else 96), patch=False)
+    small = {"lora": {"rank": 8, "dropout": 0.0}}.get(method, {"bottleneck": 8})
+    usual = {"lora": {"dropout": 0.0}}.get(method, {"bottleneck": 96})
+    fastpetl.attach(model, kinds[method](**(small if tiny else usual)), patch=False)
+    if method == "hyperformer":
+        fastpetl.task(model, "vqa")
     return spread(model, ("q_proj.weight", "k_proj.weight", "Attention.q.weight", "Attention.k.weight"))
 
 
@@ -143,15 +148,15 @@ def _seq2seq_batch(model, tiny: bool, dtype: torch.dtype, seed: int = 1, batch: 
     }
 
 
-def _seq2seq_workload(kind: str, title: str) -> Workload:
+def _seq2seq_workload(kind: str, title: str, method: str = "adapter", bar: float = 1.7) -> Workload:
     return Workload(
-        name=kind,
-        title=f"{title}-base, adapters r=96, batch 16, 20 + 36 tokens, answer of 5",
-        build=lambda tiny: _seq2seq(kind, tiny),
+        name=kind if method == "adapter" else f"{kind}_{method}",
+        title=f"{title}-base, {method} r={128 if method == 'lora' else 96}, batch 16, 20 + 36 tokens, answer of 5",
+        build=lambda tiny: _seq2seq(kind, tiny, method),
         batch=_seq2seq_batch,
         bars={
-            **{("fp32", "inference", against): 1.9 for against in ("eager", "compile")},
-            **{("fp32", "train", against): 1.7 for against in ("eager", "compile")},
+            **{("fp32", "inference", against): 1.9 for against in ("eager", "compile") if method == "adapter"},
+            **{("fp32", "train", against): bar for against in ("eager", "compile")},
         },
     )
 
@@ -207,4 +212,7 @@ METER = Workload(
     },
 )
 
-WORKLOADS = {work.name: work for work in (VILT, VLBART, VLT5, METER)}
+_METHODS = (("compacter", 1.8), ("hyperformer", 1.8), ("lora", 1.7))
+BY_METHOD = [_seq2seq_workload("vlbart", "VL-BART", method, bar) for method, bar in _METHODS]
+
+WORKLOADS = {work.name: work for work in (VILT, VLBART, VLT5, METER, *BY_METHOD)}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastpetl.methods.adapter import AdapterConfig
+from fastpetl.methods.baseline import BaselineConfig
 from fastpetl.methods.compacter import CompacterConfig, LowRankConfig
 from fastpetl.methods.das import DASConfig
 from fastpetl.methods.hyperformer import HyperformerConfig
@@ -15,7 +16,10 @@ from fastpetl.methods.prompt import PromptConfig
 from fastpetl.patching import patch as _patch
 from fastpetl.patching import registry, unpatch
 
-CONFIGS = (DASConfig, AdapterConfig, CompacterConfig, LowRankConfig, HyperformerConfig, LoRAConfig, PromptConfig)
+CONFIGS = (
+    *(DASConfig, AdapterConfig, CompacterConfig, LowRankConfig, HyperformerConfig, LoRAConfig, PromptConfig),
+    BaselineConfig,
+)
 __all__ = [*(cls.__name__ for cls in CONFIGS), "Attached", "attach", "attached", "detach", "load_original"]
 _KEY = "_fastpetl_attached"
 

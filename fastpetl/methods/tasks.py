@@ -14,10 +14,10 @@ _KEY = "_fastpetl_task"
 class _Setting:
     """What `task` returns: the setting is made; leaving it as a context restores the one before."""
 
-    def __init__(self, before: list, name: str | None):
+    def __init__(self, before: list, name):
         self._before, self.name = before, name
 
-    def __enter__(self) -> str | None:
+    def __enter__(self):
         return self.name
 
     def __exit__(self, *_) -> None:
@@ -28,24 +28,27 @@ class _Setting:
         return f"fastpetl.task({self.name!r})"
 
 
-def task(model: nn.Module, name: str | None) -> _Setting:
-    """Semantics: from now on every call of `model` is for the task `name`; None takes the setting back.
+def task(model: nn.Module, name) -> _Setting:
+    """Semantics: from now on every call of `model` is for the task `name`; None takes the setting back. A list of names
+    is one task for each sample of the next batches: tasks mixed in one batch.
 
     As a context manager it restores on leaving what was set before. A call's own `task=` goes first. The task is read
     when a layer is called: its backward, recomputed activations included, is of the task of the forward.
     """
     routed = _routed(model, "task")
     known = tasks(model)
-    if name is not None and name not in known:
-        raise ValueError(f"task: name is {name!r}, expected one of {', '.join(known)}")
+    name = tuple(name) if isinstance(name, list | tuple) else name
+    for one in name if isinstance(name, tuple) else () if name is None else (name,):
+        if one not in known:
+            raise ValueError(f"task: name is {one!r}, expected one of {', '.join(known)}")
     before = [(module, module.__dict__.get(_KEY)) for module in routed]
     for module in routed:
         _set(module, name)
     return _Setting(before, name)
 
 
-def current_task(model: nn.Module) -> str | None:
-    """Semantics: the task that is set, or None."""
+def current_task(model: nn.Module) -> str | tuple[str, ...] | None:
+    """Semantics: the task that is set, or one for each sample, or None."""
     return _routed(model, "current_task")[0].__dict__.get(_KEY)
 
 

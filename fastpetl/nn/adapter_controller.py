@@ -14,6 +14,7 @@ from torch import nn
 from fastpetl.nn import compacter
 from fastpetl.nn.adapter import ACTIVATIONS
 from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure, structure_reason
+from fastpetl.nn.tasks import per_sample
 
 SHARINGS = ("single", "half", "multiple")
 
@@ -45,7 +46,8 @@ class AdapterController(nn.Module):
     sharing "single": one adapter under every task's name; "multiple": one per task; "half": one per task whose
     `shared` half ("up" or "down") is the first task's. Weights are drawn as torch draws a Linear's, or with `std` from
     N(0, std) with zero biases. make(device=, dtype=): an adapter of another kind than `TaskAdapter`
-    (`fastpetl.nn.compacter`). `task` names whose adapter runs; None is right only where there is but one.
+    (`fastpetl.nn.compacter`). `task` names whose adapter runs, for all samples or a
+    list of names for each; None is right only where there is but one.
     """
 
     def __init__(
@@ -104,10 +106,18 @@ class AdapterController(nn.Module):
             raise ValueError(f"AdapterController: task is {task!r}, expected one of {', '.join(adapters)}")
         return adapters[task]
 
-    def forward(self, x: torch.Tensor, task: str | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, task=None) -> torch.Tensor:
+        if isinstance(task, tuple | list):
+            return self._per_sample(x, task)
         pre, post = self._modules.get("pre_layer_norm"), self._modules.get("post_layer_norm")
         h = self.adapter(task)(x if pre is None else pre(x))
         return (h if post is None else post(h)) + x
+
+    def _per_sample(self, x, tasks):
+        # Tasks that share their adapter are one.
+        named = {task: self.adapter(task) for task in dict.fromkeys(tasks)}
+        first = {id(adapter): task for task, adapter in reversed(named.items())}
+        return per_sample(x, [first[id(named[task])] for task in tasks], self.forward)
 
 
 class FusedAdapterController(AdapterController):
@@ -116,7 +126,9 @@ class FusedAdapterController(AdapterController):
     _fastpetl_backend = "auto"
     _fastpetl_fallback = None
 
-    def forward(self, x: torch.Tensor, task: str | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, task=None) -> torch.Tensor:
+        if isinstance(task, tuple | list):
+            return self._per_sample(x, task)
         reason = call_reason(self, _norms(self), x) or _adapter_reason(self, task, x)
         if reason is not None:
             note_fallback(self, reason)

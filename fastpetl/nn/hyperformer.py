@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastpetl.nn.tasks import per_sample
+
 KINDS = ("feed_forward", "self_attention", "cross_attention")  # the order of the rows of adapters_block_type
 TASK_SIZE, HIDDEN = 512, 128  # the original's defaults: of a task's, layer's and kind's embedding, of the network
 
@@ -126,6 +128,8 @@ class HyperSite(nn.Module):
     def forward(self, x: torch.Tensor, task: str | None = None) -> torch.Tensor:
         from fastpetl.ops import hyper_adapter_reference
 
+        if isinstance(task, tuple | list):
+            return per_sample(x, task, self.forward)
         return hyper_adapter_reference(x, self._weights(self._task(task)), activation=self.activation, residuals=(x,))
 
     def _task(self, task):
@@ -159,6 +163,8 @@ class FusedHyperSite(HyperSite):
         from fastpetl import ops
         from fastpetl.nn.inline import call_reason, note_fallback
 
+        if isinstance(task, tuple | list):
+            return per_sample(x, task, self.forward)
         reason = call_reason(self, {}, x)
         weights = self._weights(self._task(task))
         if reason is None and weights[0].dtype != x.dtype:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastpetl.nn.inline import call_reason, note_fallback
-from fastpetl.nn.tasks import TaskRouted
+from fastpetl.nn.tasks import TaskRouted, per_sample
 
 
 class LoRALinear(nn.Linear):
@@ -54,8 +54,22 @@ class LoRALinear(nn.Linear):
         return self.lora_As[task], self.lora_Bs[task]
 
     def forward(self, x):
+        if isinstance(self.__dict__.get("_fastpetl_current"), tuple | list):
+            return self._per_sample(x)
         a, b = self.update()
         return F.linear(x, self.weight, self.bias) + F.linear(F.linear(self._dropped(x), a), b) * self.scale
+
+    def _per_sample(self, x):
+        tasks = self.__dict__["_fastpetl_current"]
+
+        def run(x, task):
+            self.__dict__["_fastpetl_current"] = task
+            return self.forward(x)
+
+        try:
+            return per_sample(x, tasks, run)
+        finally:
+            self.__dict__["_fastpetl_current"] = tasks
 
     def _dropped(self, x):
         return F.dropout(x, self.dropout) if self.training and self.dropout > 0 else x
@@ -73,6 +87,8 @@ class FusedLoRALinear(LoRALinear):
     _fastpetl_fallback = None
 
     def forward(self, x):
+        if isinstance(self.__dict__.get("_fastpetl_current"), tuple | list):
+            return self._per_sample(x)
         reason = call_reason(self, {}, x)
         if reason is None and self.weight.dtype != x.dtype:
             reason = f"weight has dtype {self.weight.dtype}, the input {x.dtype}"

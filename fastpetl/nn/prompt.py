@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastpetl.nn.tasks import TaskRouted
+from fastpetl.nn.tasks import TaskRouted, per_sample
 
 
 class InputPrompts(nn.Module):
@@ -54,6 +54,9 @@ class PromptController(TaskRouted, nn.Module):
         return tuple(self.prompts)
 
     def forward(self, batch: int, task: str | None = None) -> torch.Tensor:
+        if isinstance(task, tuple | list):
+            rows = torch.arange(batch)
+            return per_sample(rows, task, lambda rows, name: self.forward(len(rows), name))
         prompts = self.prompts._modules
         if task is None and len({id(prompt) for prompt in prompts.values()}) == 1:
             task = next(iter(prompts))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
+
 
 class TaskRouted:
     """Mixin of a layer that holds modules per task: what is set on it, or given as `task=`, reaches its forward.
@@ -10,7 +14,32 @@ class TaskRouted:
     backward sees the task of its forward, whatever is set by then.
     """
 
-    _fastpetl_task: str | None = None
+    _fastpetl_task: str | tuple[str, ...] | None = None
 
     def __call__(self, *args, task=None, **kwargs):
         return super().__call__(*args, task=self._fastpetl_task if task is None else task, **kwargs)
+
+
+def per_sample(x: torch.Tensor, tasks, run) -> torch.Tensor:
+    """Semantics: y[b] = run(x[b], tasks[b]), samples of one task in one call.
+
+    x [batch, ...]; tasks: as many names, or a divisor of batch: then each stands for as many samples in a row (beams).
+    """
+    tasks = tuple(tasks)
+    if not tasks or x.shape[0] % len(tasks):
+        raise ValueError(f"task: {len(tasks)} names are set for a batch of {x.shape[0]}, expected one for each sample")
+    names, indices, restore = _groups(tasks, x.shape[0] // len(tasks), x.device)
+    if len(names) == 1:
+        return run(x, names[0])
+    parts = [run(x.index_select(0, index), name) for name, index in zip(names, indices, strict=True)]
+    return torch.cat(parts).index_select(0, restore)
+
+
+@functools.lru_cache(maxsize=64)
+def _groups(tasks: tuple[str, ...], repeats: int, device) -> tuple:
+    """(the names, where the samples of each are, where each sample is once these stand one after the other)."""
+    each = [task for task in tasks for _ in range(repeats)]
+    names = tuple(dict.fromkeys(each))
+    with torch.inference_mode(False):  # they may meet autograd later
+        indices = [torch.tensor([b for b, task in enumerate(each) if task == name], device=device) for name in names]
+        return names, tuple(indices), torch.cat(indices).argsort()

@@ -137,6 +137,12 @@ class Seq2SeqFamily:
                 module.__dict__.pop("_fastpetl_task", None)
                 module.__class__ = type(module).__bases__[1]
 
+    def attach_nothing(self, host, config) -> None:
+        """Semantics: a baseline's: only what trains is chosen."""
+
+    def detach_nothing(self, host) -> None:
+        """Semantics: undoes `attach_nothing`."""
+
     def attach_prompt(self, host, config) -> None:
         """Semantics: the prompts' module on the encoder, which must be one that asks for them (VL-BART's, VL-T5's)."""
         if "fastpetl.models" not in type(host.encoder).__module__:

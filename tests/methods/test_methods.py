@@ -95,6 +95,60 @@ def test_the_task_chooses(kind, name):
             model(**inputs())
 
 
+@pytest.mark.parametrize(("kind", "name"), CASES)
+@pytest.mark.parametrize("patch", [False, True])
+def test_tasks_mixed_in_a_batch_are_each_by_itself(kind, name, patch):
+    model, mixed = attached(kind, name, patch), ["nlvr", "vqa", "nlvr"]
+    with fastpetl.task(model, mixed) as setting:
+        assert setting == tuple(mixed) == fastpetl.methods.tasks.current_task(model)
+        got, grads = numbers(model)
+        beams = model.generate(**{k: v for k, v in inputs().items() if k != "labels"}, num_beams=2, max_new_tokens=4)
+    model.zero_grad(set_to_none=True)
+    for b, task in enumerate(mixed):
+        alone = {key: value[b : b + 1] for key, value in inputs().items()}
+        out = model(**alone, task=task)
+        assert relative(got.logits[b : b + 1], out.logits) <= 1e-5
+        (out.loss / 3).backward()
+        with fastpetl.task(model, task):
+            one = {k: v for k, v in alone.items() if k != "labels"}
+            text = model.generate(**one, num_beams=2, max_new_tokens=4)[0]
+        assert torch.equal(beams[b][: len(text)], text)
+    want = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+    assert grads.keys() == want.keys()  # gqa's own have none
+    scale = max(g.norm() for g in want.values())
+    for key, grad in want.items():
+        assert (grads[key] - grad).norm() <= 1e-4 * grad.norm() + 1e-6 * scale, key
+
+
+def test_mixed_tasks_must_fit():
+    model = attached("vlbart", "compacter multiple")
+    with pytest.raises(ValueError, match="task: name is 'x', expected one of vqa, gqa, nlvr"):
+        fastpetl.task(model, ["vqa", "x"])
+    with pytest.raises(ValueError, match="task: 2 names are set for a batch of 3, expected one for each sample"):
+        model(**inputs(), task=["vqa", "gqa"])
+
+
+BASELINES = {
+    "all": 141_156_864,
+    "visual": 1_582_848,
+    "norms": 1_632_000,
+    "biases": 1_582_848 - 768 * 4 + 125_952 + 3072,
+}
+
+
+@pytest.mark.parametrize("train", BASELINES)
+def test_baselines(train):
+    with torch.device("meta"):
+        model = models.VLBart(models.VLBartConfig())
+        fastpetl.attach(model, fastpetl.BaselineConfig(train=train))
+    counted = fastpetl.count(model)
+    assert (counted.trainable, counted.total) == (BASELINES[train], 141_156_864)
+    fastpetl.detach(model)
+    assert fastpetl.count(model).trainable == 141_156_864
+    with pytest.raises(ValueError, match="BaselineConfig: train is 'half', expected one of all, visual, norms, biases"):
+        fastpetl.BaselineConfig(train="half")
+
+
 @pytest.mark.parametrize("name", [name for name in CONFIGS if "multiple" in name])
 def test_other_tasks_get_no_gradient(name):
     _, grads = numbers(attached("vlbart", name, patch=True))

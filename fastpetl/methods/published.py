@@ -1,0 +1,60 @@
+"""What VL-Adapter (CVPR 2022, table 1) says each method trains on VL-BART, beside what is counted here."""
+
+from __future__ import annotations
+
+import torch
+
+# method, sharing -> trained, in percent of all parameters; what is not here has no row that could be read
+PAPER = {
+    ("baseline", "all"): 100.0,
+    ("adapter", "multiple"): 12.22,
+    ("adapter", "half"): 8.36,
+    ("adapter", "single"): 4.18,
+    ("hyperformer", "single"): 5.79,
+    ("compacter", "single"): 2.70,
+    ("lora", "multiple"): 17.72,
+    ("lora", "single"): 5.93,
+    ("prompt", "single"): 2.00,
+    ("baseline", "visual"): 1.14,
+    ("baseline", "norms"): 1.18,
+}
+METHODS = ("adapter", "compacter", "lowrank", "hyperformer", "lora", "prompt", "baseline")
+
+
+def table(model: str, methods=METHODS) -> str:
+    """Semantics: rows (method, sharing, total, trainable, %, the paper's %) for "vlbart" or "vlt5" at the paper's
+    sizes; nothing is allocated.
+    """
+    from fastpetl import methods as m
+    from fastpetl import models
+    from fastpetl.count import count
+
+    kinds = {cls.method: cls for cls in m.CONFIGS}
+    model_class, config_class = {
+        "vlbart": (models.VLBart, models.VLBartConfig),
+        "vlt5": (models.VLT5, models.VLT5Config),
+    }[model]
+    lines = [("method", "sharing", "parameters", "trainable", "%", "paper %")]
+    for name in methods:
+        for sharing, options in _variants(name):
+            with torch.device("meta"):
+                made = m.attach(model_class(config_class()), kinds[name](**options), patch=False)
+            found = count(made)
+            paper = PAPER.get((name, sharing)) if model == "vlbart" else None
+            share, theirs = f"{found.trainable_percent:.2f}", "-" if paper is None else f"{paper:.2f}"
+            lines.append((name, sharing, f"{found.total:,}", f"{found.trainable:,}", share, theirs))
+    widths = [max(len(line[i]) for line in lines) for i in range(6)]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+
+
+def _variants(name: str):
+    """(what the row is called, the configuration's arguments)."""
+    if name == "baseline":
+        return [(train, {"train": train}) for train in ("all", "visual", "norms", "biases")]
+    if name == "hyperformer":
+        return [("single", {}), ("unified", {"unified": True})]
+    sharings = ("single", "multiple") if name in ("lora", "prompt") else ("single", "half", "multiple")
+    return [(sharing, {"sharing": sharing}) for sharing in sharings]
