@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-from torch.nn import functional as F
 from transformers.models.lxmert import modeling_lxmert as hf
 
 from fastpetl.nn.bert import PROJECTIONS, Output
 from fastpetl.nn.inline import note_fallback
-from fastpetl.nn.parts import Fused, heads, key_mask
+from fastpetl.nn.parts import Fused, attend, heads, key_mask
 
 
 class FusedLxmertAttention(Fused, hf.LxmertAttention):
@@ -35,13 +34,7 @@ class FusedLxmertAttention(Fused, hf.LxmertAttention):
         else:
             q = heads(self._linear(x, self.query, slot="q"), size)
             k, v = (heads(t, size) for t in self._linear(context, self.key, self.value, slot="kv").chunk(2, -1))
-        if not dropped:
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
-        else:  # torch's draws in the original's order
-            scores = q @ k.transpose(-1, -2) / math.sqrt(size)
-            scores = scores if attention_mask is None else scores + attention_mask
-            out = F.dropout(scores.softmax(-1), self.dropout.p) @ v
-        return (out.transpose(1, 2).flatten(2),)
+        return (attend(q, k, v, attention_mask, self.dropout.p if dropped else 0.0),)
 
 
 class FusedLxmertAttentionOutput(Output, hf.LxmertAttentionOutput):

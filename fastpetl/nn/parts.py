@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -106,6 +108,17 @@ def key_mask(mask: torch.Tensor | None, batch: int, keys: int) -> tuple[bool, to
 def heads(t: torch.Tensor, size: int) -> torch.Tensor:
     """Semantics: [B, T, H * size] as [B, H, T, size]."""
     return t.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def attend(q, k, v, mask, dropout: float) -> torch.Tensor:
+    """Semantics: softmax(q k^T / sqrt(d) + mask) v, [B, T, H * d]; q, k, v [B, H, T or S, d]. Dropout draws as the
+    probabilities' own would, which SDPA does not promise.
+    """
+    if dropout == 0:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = scores if mask is None else scores + mask
+    return (F.dropout(scores.softmax(-1), dropout) @ v).transpose(1, 2).flatten(2)
 
 
 def interface(module, default):

@@ -106,6 +106,14 @@ def _check(x, weights, biases, weight, bias) -> None:
 
 
 def _call(x, weights, biases, prologue, weight, bias, eps, backend, cache):
+    # In training even calls that record nothing (the first layer's) keep no pack: it would raise the peak memory of the
+    # step.
+    cache = None if torch.is_grad_enabled() else cache
+    mine = (x, weights, biases, prologue, weight, bias, eps)
+    if len(weights) == 1 and not through_dispatcher(x) and not needs_grad(*weights):
+        name = backends.resolve("linear", backend, x).name  # raises where an explicit one cannot serve
+        if name != "reference" and lb.is_torch(backend, *mine, cache, needs_grad(x)):
+            return _formula(*mine)  # keeps no more than _Linear does, and costs fewer calls
     if prologue == lb.NORM and needs_grad(weight, bias):
         x, prologue, weight, bias = F.layer_norm(x, x.shape[-1:], weight, bias, eps), lb.NONE, None, None
     if biases and needs_grad(*biases):
@@ -125,12 +133,6 @@ def _call(x, weights, biases, prologue, weight, bias, eps, backend, cache):
     if trainable or name == "reference":
         return _formula(x, weights, biases, prologue, weight, bias, eps)
     grad = needs_grad(x)
-    # In training even calls that record nothing (the first layer's) keep no pack: it would raise the peak memory of the
-    # step.
-    cache = None if torch.is_grad_enabled() else cache
-    mine = (x, weights, biases, prologue, weight, bias, eps)
-    if not compiled and len(weights) == 1 and lb.is_torch(backend, *mine, cache, grad):
-        return _formula(*mine)  # keeps no more than _Linear does, and costs fewer calls
     if compiled:
         y, _ = torch.ops.fastpetl.linear(rows(x), weights, biases, prologue, weight, bias, eps, backend)
         return y.view(*x.shape[:-1], y.shape[-1])

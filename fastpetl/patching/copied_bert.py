@@ -1,0 +1,80 @@
+"""Patch rules for METER's and DAS-METER's own BERT modules, wherever they were copied."""
+
+from __future__ import annotations
+
+import torch
+
+from fastpetl.patching._seq2seq import attention_check, attention_note
+from fastpetl.patching.registry import CopiedRule
+
+_NN = "fastpetl.nn.copied_bert"
+_ATTENTION = {"query", "key", "value", "dropout"}
+_OUTPUT = {"dense", "LayerNorm", "dropout"}
+
+
+def _looks_attention(module) -> bool:
+    # transformers' own of today have no such attribute, and rules of their own.
+    return module._modules.keys() == _ATTENTION and "position_embedding_type" in module.__dict__
+
+
+def _looks_output(module) -> bool:
+    return module._modules.keys() - {"adapter"} == _OUTPUT and not type(module).__module__.startswith("transformers.")
+
+
+def _check_attention(attention) -> str | None:
+    from fastpetl.nn import copied_bert as fused
+
+    return fused.attention_reason(attention) or attention_check(attention, fused.PROJECTIONS)
+
+
+def _check_output(output) -> str | None:
+    from fastpetl.nn import copied_bert as fused
+    from fastpetl.nn import copied_vilt
+    from fastpetl.nn.inline import structure_reason
+
+    adapter = output._modules.get("adapter")
+    if adapter is not None:
+        if not copied_vilt.is_adapter(adapter):
+            return f"adapter is {type(adapter).__name__}, expected DAS's ParallelAdapter"
+        reason = copied_vilt.adapter_reason(adapter)
+        if reason is not None:
+            return f"adapter: {reason}"
+    return structure_reason(output, fused.output_structure(output))
+
+
+def _probe_attention(attention):
+    device, width = attention.query.weight.device, attention.query.in_features
+    x, source = (torch.randn(2, n, width, device=device) for n in (5, 4))
+    mask, other = (torch.zeros(2, 1, 1, n, device=device) for n in (5, 4))
+    mask[0, ..., 3:] = other[1, ..., :2] = torch.finfo(torch.float32).min
+    yield (x,), {}
+    yield (x, mask), {}
+    yield (x, mask, None, source, other), {}
+    yield (x,), {"encoder_hidden_states": source}
+
+
+def _probe_output(output):
+    device = output.dense.weight.device
+    h = torch.randn(2, 5, output.dense.in_features, device=device)
+    yield (h, torch.randn(2, 5, output.dense.out_features, device=device)), {}
+
+
+RULES = (
+    CopiedRule(
+        "meter.copied_attention",
+        f"{_NN}:CopiedBertSelfAttention",
+        _looks_attention,
+        _check_attention,
+        _probe_attention,
+        ops=("linear", "attention"),
+        note=attention_note,
+    ),
+    CopiedRule(
+        "meter.copied_output",
+        f"{_NN}:CopiedBertOutput",
+        _looks_output,
+        _check_output,
+        _probe_output,
+        ops=("linear", "residual_norm"),
+    ),
+)
