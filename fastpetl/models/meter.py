@@ -115,7 +115,7 @@ class MeterModel(MeterPreTrainedModel):
             )
         x = self.text_transformer(input_ids, attention_mask=attention_mask).last_hidden_state
         x = self.cross_modal_text_transform(x)
-        token = self._parameters.get("token4classifier")
+        token = getattr(self, "token4classifier", None)
         if token is not None:
             x = torch.cat([token.to(x.dtype).expand(x.shape[0], -1, -1), x[:, 1:]], 1)
         y = self.vit_model.post_layernorm(self.vit_model(pixel_values).last_hidden_state)

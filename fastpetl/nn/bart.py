@@ -67,8 +67,9 @@ class _FusedLayer(Fused):
     def _site(self, x, f, adapter: str, task, norm):
         """Semantics: norm(x + drop(A(f))), without A where the layer has no such adapter."""
         adapter = self._modules.get(adapter)
+        own = adapter is not None and not adapter._forward_hooks  # an attention's output somebody may have kept
         f = f if adapter is None else adapter(f, task)
-        return self._add_norm(x, drop(f, self.dropout, self.training), norm)
+        return self._add_norm(x, drop(f, self.dropout, self.training), norm, own)
 
     def _hear(self, task) -> None:
         route = getattr(self, "_route", None)  # a layer with LoRA tells its linears

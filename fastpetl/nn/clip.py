@@ -58,7 +58,8 @@ class FusedCLIPEncoderLayer(Fused, hf.CLIPEncoderLayer):
 
         f, _ = self.self_attn(hidden_states=self.layer_norm1(x), attention_mask=attention_mask, **kwargs)
         norm, backend = self.layer_norm2, self._op("residual_norm")
-        s, n = ops.residual_norm(x, f, norm.weight, norm.bias, eps=norm.eps, emit="both", backend=backend)
+        options = {"emit": "both", "backend": backend, "overwrite": not self.self_attn._forward_hooks}
+        s, n = ops.residual_norm(x, f, norm.weight, norm.bias, eps=norm.eps, **options)
         return s + self.mlp(n)
 
 

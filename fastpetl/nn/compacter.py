@@ -47,9 +47,9 @@ class PHMLinear(nn.Module):
 
     def parts(self) -> tuple:
         """(rule, W) as `ops.phm_weights` takes them: tensors, or pairs whose product they are."""
-        own = self._parameters
-        rule = own["phm_rule"] if "phm_rule" in own else (own["phm_rule_left"], own["phm_rule_right"])
-        return rule, own["W"] if "W" in own else (own["W_left"], own["W_right"])
+        # By attribute: in DataParallel's replicas parameters are nothing else.
+        rule = self.phm_rule if hasattr(self, "phm_rule") else (self.phm_rule_left, self.phm_rule_right)
+        return rule, self.W if hasattr(self, "W") else (self.W_left, self.W_right)
 
     def forward(self, x):
         from fastpetl.ops import phm_weights_reference

@@ -35,7 +35,9 @@ class Fused:
         weights = tuple(linear.weight for linear in linears)
         biases = None if linears[0].bias is None else tuple(linear.bias for linear in linears)
         backend = self._op("linear")
-        return ops.linear(x, weights, biases, activation=activation, backend=backend, cache=self._pack(slot))
+        # x is ours where there is an activation: the linear before it made it.
+        options = {"activation": activation, "backend": backend, "overwrite": activation is not None}
+        return ops.linear(x, weights, biases, cache=self._pack(slot), **options)
 
     def _op(self, name: str) -> str:
         from fastpetl.backends import for_op
@@ -65,13 +67,12 @@ class Fused:
 
         return ops.attention(qkv, heads, key_mask=additive, scale=float(scaling), backend=self._op("attention"))
 
-    def _add_norm(self, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
-        """Semantics: norm(x + f)."""
+    def _add_norm(self, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm, own: bool = True) -> torch.Tensor:
+        """Semantics: norm(x + f); own: nobody else has seen f, it may be written to."""
         from fastpetl import ops
 
-        return ops.residual_norm(
-            x, f, norm.weight, norm.bias, eps=norm.eps, emit="norm", backend=self._op("residual_norm")
-        )
+        options = {"emit": "norm", "backend": self._op("residual_norm"), "overwrite": own}
+        return ops.residual_norm(x, f, norm.weight, norm.bias, eps=norm.eps, **options)
 
 
 def exact_gelu(activation) -> bool:

@@ -31,7 +31,7 @@ __all__ = ["PackCache", "linear", "linear_reference"]
 PROLOGUES = {None: lb.NONE, "gelu": lb.GELU}
 
 
-def linear(x, weights, biases=None, *, norm=None, activation=None, backend="auto", cache=None):
+def linear(x, weights, biases=None, *, norm=None, activation=None, backend="auto", cache=None, overwrite=False):
     """Semantics: y = p(x) [W_1; W_2; ...]^T + [b_1, b_2, ...], p = LayerNorm, gelu (erf) or nothing.
 
     Shapes: x [..., K]; weights a tensor or a sequence of tensors [N_i, K]; biases None, or as many as weights, [N_i]; y
@@ -41,6 +41,7 @@ def linear(x, weights, biases=None, *, norm=None, activation=None, backend="auto
     that dtype.
     backend: "auto" measures the serving backends once per process and shape class, on these tensors, and keeps the
     fastest whose result is true fp32 (`fastpetl.backends.tuned()` shows it; FASTPETL_TUNE=0 turns it off).
+    overwrite: x is the caller's and may be written to: where no gradient is recorded, a GELU then needs no memory.
     cache: a `PackCache`; used only where no gradient is recorded, to keep the weights in the GEMM's own layout.
     Gradients: of every argument. The fast path is the frozen one, which computes dx only. A norm or a bias that wants a
     gradient goes through torch's own norm or sum beside it; a weight that wants one makes plain torch serve the whole
@@ -61,7 +62,7 @@ def linear(x, weights, biases=None, *, norm=None, activation=None, backend="auto
     _check(x, weights, biases, weight, bias)
     if cache is not None and not isinstance(cache, PackCache):
         raise TypeError(f"linear: cache is a {type(cache).__name__}, expected a fastpetl.ops.PackCache")
-    return _call(x, weights, biases, prologue, weight, bias, eps, backend, cache)
+    return _call(x, weights, biases, prologue, weight, bias, eps, backend, cache, overwrite)
 
 
 def _tuple(name, value):
@@ -105,7 +106,7 @@ def _check(x, weights, biases, weight, bias) -> None:
             check_like("linear", name, t, (k,), f"({k},) to match x", x)
 
 
-def _call(x, weights, biases, prologue, weight, bias, eps, backend, cache):
+def _call(x, weights, biases, prologue, weight, bias, eps, backend, cache, overwrite=False):
     # In training even calls that record nothing (the first layer's) keep no pack: it would raise the peak memory of the
     # step.
     cache = None if torch.is_grad_enabled() else cache
@@ -113,6 +114,8 @@ def _call(x, weights, biases, prologue, weight, bias, eps, backend, cache):
     if len(weights) == 1 and not through_dispatcher(x) and not needs_grad(*weights):
         name = backends.resolve("linear", backend, x).name  # raises where an explicit one cannot serve
         if name != "reference" and lb.is_torch(backend, *mine, cache, needs_grad(x)):
+            if overwrite and prologue == lb.GELU and not torch.is_grad_enabled():
+                mine = (torch.ops.aten.gelu_(x), weights, biases, lb.NONE, None, None, eps)
             return _formula(*mine)  # keeps no more than _Linear does, and costs fewer calls
     if prologue == lb.NORM and needs_grad(weight, bias):
         x, prologue, weight, bias = F.layer_norm(x, x.shape[-1:], weight, bias, eps), lb.NONE, None, None

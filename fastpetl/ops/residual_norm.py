@@ -53,6 +53,7 @@ def residual_norm(
     seed=None,
     mask=None,
     backend="auto",
+    overwrite=False,
 ):
     """Semantics: s = x + drop(f), n = norm(s); s = x in samples with mask[b]. Returns (s, n), s or n, as `emit` says.
 
@@ -65,6 +66,7 @@ def residual_norm(
     Rounds: s to x's dtype, n once; statistics of the rounded s, in fp32.
     Gradients: for x, f, weight and bias, computed only where wanted, deterministic; not differentiable twice except
     with backend="reference" or "torch".
+    overwrite: f is the caller's and may be written to: where no gradient is recorded, the sum then needs no memory.
     backend: "auto" measures "cpp" and "torch" once per process and shape class, in eager fp32 code without mask and
     dropout (`fastpetl.backends.tuned()`; FASTPETL_TUNE=0 turns it off).
     """
@@ -75,7 +77,7 @@ def residual_norm(
     _check(x, f, weight, bias, tail, emit, dropout, seed, mask)
     config = TAILS[tail], EMITS[emit], eps, float(dropout)
     tensors = (x, f, weight, bias, mask, seed if dropout else None)
-    s, n = _call(tensors, *config, backend)
+    s, n = _call(tensors, *config, backend, overwrite)
     return (s, n) if emit == "both" else s if emit == "sum" else n
 
 
@@ -123,7 +125,7 @@ def check_seed(function: str, seed, dropout, x) -> None:
         raise ValueError(f"{function}: seed is {got}, expected int64 of one element on {x.device}")
 
 
-def _call(tensors, tail, emit, eps, dropout, backend):
+def _call(tensors, tail, emit, eps, dropout, backend, overwrite=False):
     x, f, weight, bias, mask, seed = tensors
     compiled = through_dispatcher(x)
     if compiled:
@@ -136,7 +138,8 @@ def _call(tensors, tail, emit, eps, dropout, backend):
     if not compiled and name == "cpp" and backend == "auto" and mask is None and not dropout:
         name = _choose(tensors, tail, emit, eps, grad)
     if name == "torch":
-        return _torch(*tensors, tail, emit, eps, dropout)
+        overwrite = overwrite and not torch.is_grad_enabled() and not compiled
+        return _torch(*tensors, tail, emit, eps, dropout, overwrite)
     if compiled:
         flat = rows(x), None if f is None else rows(f)
         s, n, _ = torch.ops.fastpetl.residual_norm(
@@ -212,9 +215,10 @@ def residual_norm_reference(
     return (s, n) if emit == "both" else s if emit == "sum" else n
 
 
-def _torch(x, f, weight, bias, mask, seed, tail, emit, eps, dropout):
+def _torch(x, f, weight, bias, mask, seed, tail, emit, eps, dropout, overwrite=False):
     """(s, n) by torch's own kernels and autograd."""
-    s = x if f is None else x + f
+    plain = f is not None and mask is None and not dropout
+    s = x if f is None else f.add_(x) if overwrite and plain else x + f
     if mask is not None or dropout:
         flat, sub = x.reshape(-1, x.shape[-1]), None if f is None else f.reshape(-1, x.shape[-1])
         factor = dropout_factor(seed, *flat.shape, dropout, x)

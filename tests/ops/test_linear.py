@@ -267,3 +267,13 @@ def test_deterministic(label):
             y = ops.linear(x, weights, biases, backend=name, **options)
             runs.append((y, *torch.autograd.grad(y, x, cotangent)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_overwrite_writes_to_x_only_where_nothing_is_recorded():
+    x, w, b = torch.randn(3, 16), torch.randn(8, 16), torch.randn(8)
+    want, kept = ops.linear(x, w, b, activation="gelu", backend="torch"), x.clone()
+    given = {"activation": "gelu", "backend": "torch", "overwrite": True}
+    assert torch.equal(ops.linear(x, w, b, **given), want) and torch.equal(x, kept)  # grad mode is on
+    with torch.no_grad():
+        assert torch.equal(ops.linear(x, w, b, **given), want)
+    assert torch.equal(x, torch.nn.functional.gelu(kept))

@@ -216,6 +216,17 @@ def test_compiled_without_recompiling():
     assert counter["stats"]["unique_graphs"] == compiled
 
 
+def test_overwrite_writes_to_f_only_where_nothing_is_recorded():
+    x, f, w = torch.randn(3, 8), torch.randn(3, 8), torch.randn(8)
+    want = ops.residual_norm(x, f, w, tail="rmsnorm", emit="norm", backend="torch")
+    kept = f.clone()
+    given = {"tail": "rmsnorm", "emit": "norm", "backend": "torch", "overwrite": True}
+    assert torch.equal(ops.residual_norm(x, f, w, **given), want) and torch.equal(f, kept)  # grad mode is on
+    with torch.no_grad():
+        assert torch.equal(ops.residual_norm(x, f, w, **given), want)
+    assert torch.equal(f, x + kept)
+
+
 def test_not_differentiable_twice():
     x = torch.randn(3, 8, requires_grad=True)
     name = backends.resolve("residual_norm", "auto", x).name
