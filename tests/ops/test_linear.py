@@ -158,7 +158,7 @@ def test_autocast():
 
 
 def test_double_backward_is_refused():
-    x, weights, _, _ = arguments(9, 40, (8,), None, False)
+    x, weights, _, _ = arguments(9, 40, (8, 8), None, False)
     (g,) = torch.autograd.grad(ops.linear(x, weights).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="linear: .* cannot be differentiated twice"):
         g.sum().backward()
