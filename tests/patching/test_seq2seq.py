@@ -270,3 +270,16 @@ def test_compiled(kind):
         got = torch.compile(encoder, backend="aot_eager")(given["input_ids"], given["attention_mask"])[0]
     torch._dynamo.reset()
     assert relative(got, want) <= 1e-5
+
+
+@pytest.mark.parametrize("where", ["self_attn", "ff_adapter"])
+def test_what_a_hook_keeps_is_not_written_to(where):
+    """In inference temporaries are reused: not those that somebody has seen."""
+    plain = tiny_adapters("vlbart") if where == "ff_adapter" else text_model("bart")
+    patched, kept = fastpetl.patch(copy.deepcopy(plain), backend="torch"), []
+    for model in (patched, plain):
+        layer = model.model.encoder.layers[0].get_submodule(where)
+        layer.register_forward_hook(lambda m, a, out: kept.append(out[0] if isinstance(out, tuple) else out))
+        with torch.no_grad():
+            model(**arguments(model))
+    assert relative(*kept) <= 1e-5
