@@ -88,7 +88,9 @@ class FusedBottleneckAdapter(BottleneckAdapter):
             note_fallback(self, reason)
             return super().forward(x, add_residual, residual)
         residuals = () if not add_residual else (x if residual is None else residual,)
-        return fused_adapter(self, x, residuals, self._fastpetl_backend)
+        from fastpetl.backends import for_op
+
+        return fused_adapter(self, x, residuals, for_op("adapter", self._fastpetl_backend))
 
 
 FusedBottleneckAdapter.__name__ = BottleneckAdapter.__name__  # accelerate and others match modules by class name

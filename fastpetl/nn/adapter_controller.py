@@ -133,7 +133,9 @@ class FusedAdapterController(AdapterController):
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(x, task)
-        return fused_controller(self, x, task, self._fastpetl_backend)
+        from fastpetl.backends import for_op
+
+        return fused_controller(self, x, task, for_op("adapter", self._fastpetl_backend))
 
 
 FusedAdapterController.__name__ = AdapterController.__name__  # accelerate and others match modules by class name

@@ -58,7 +58,9 @@ class CopiedAdapter:
             note_fallback(self, reason)
             return super().forward(x, add_residual=add_residual, residual=residual)
         residuals = () if not add_residual else (x if residual is None else residual,)
-        return fused_adapter(self, x, residuals, self._fastpetl_backend, "relu")
+        from fastpetl.backends import for_op
+
+        return fused_adapter(self, x, residuals, for_op("adapter", self._fastpetl_backend), "relu")
 
 
 def block_structure(block: nn.Module) -> dict[str, Inlined]:

@@ -161,6 +161,7 @@ class FusedHyperSite(HyperSite):
 
     def forward(self, x: torch.Tensor, task: str | None = None) -> torch.Tensor:
         from fastpetl import ops
+        from fastpetl.backends import for_op
         from fastpetl.nn.inline import call_reason, note_fallback
 
         if isinstance(task, tuple | list):
@@ -172,7 +173,9 @@ class FusedHyperSite(HyperSite):
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(x, task)
-        return ops.hyper_adapter(x, weights, activation=self.activation, residuals=(x,), backend=self._fastpetl_backend)
+        return ops.hyper_adapter(
+            x, weights, activation=self.activation, residuals=(x,), backend=for_op("adapter", self._fastpetl_backend)
+        )
 
 
 FusedHyperSite.__name__ = HyperSite.__name__  # accelerate and others match modules by class name
