@@ -19,7 +19,7 @@ from fastpetl.patching.report import Report, Row
 __all__ = ["Report", "Row", "patch", "report", "unpatch"]
 
 _NOT_PATCHED = "not patched: patch was not called, or its filter_fn left it out"
-_STATE = ("_fastpetl_backend", "_fastpetl_fallback", "_fastpetl_packs")
+_STATE = ("_fastpetl_backend", "_fastpetl_fallback", "_fastpetl_packs", "_fastpetl_weights")
 
 
 def patch(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastpetl.patching._bert_like import check_layer, layer_note
+from fastpetl.patching._originals import renamed as rename
 from fastpetl.patching.registry import Rule
 
 _MODEL = "fastpetl.models.meter"
@@ -174,15 +175,7 @@ class MeterFamily:
                     key = f"meter.vit_model.encoder.layers.{packed[1]}.self_attn.{part}_proj.{packed[2]}"
                     renamed[key] = chunk.clone()
                 continue
-            for pattern, replacement in _ORIGINAL_NAMES:
-                new, matched = re.subn(pattern, replacement, name)
-                if matched:
-                    renamed[new] = value
-                    break
-            else:
-                raise ValueError(
-                    f"from_original: {name} is no parameter of METER, expected e.g. token_type_embeddings.weight"
-                )
+            renamed[rename(name, _ORIGINAL_NAMES, "METER", "token_type_embeddings.weight")] = value
         for name in ("weight", "bias"):
             if f"itm_score.fc.{name}" in state and f"rank_output.{name}" not in renamed:
                 renamed[f"rank_output.{name}"] = state[f"itm_score.fc.{name}"][1:].clone()

@@ -11,6 +11,7 @@ import sys
 import torch
 from torch import nn
 
+from fastpetl.patching._originals import renamed as rename
 from fastpetl.patching.registry import Rule
 
 _HF = "transformers.models.vilt.modeling_vilt"
@@ -247,15 +248,7 @@ class ViltFamily:
                 for part, chunk in zip(("query", "key", "value"), value.chunk(3), strict=True):
                     renamed[f"vilt.encoder.layer.{qkv[1]}.attention.attention.{part}.{qkv[2]}"] = chunk.clone()
                 continue
-            for pattern, replacement in _ORIGINAL_NAMES:
-                new, matched = re.subn(pattern, replacement, name)
-                if matched:
-                    renamed[new] = value
-                    break
-            else:
-                raise ValueError(
-                    f"from_original: {name} is no parameter of DAS-ViLT, expected e.g. transformer.norm.weight"
-                )
+            renamed[rename(name, _ORIGINAL_NAMES, "DAS-ViLT", "transformer.norm.weight")] = value
         return renamed
 
 

@@ -244,6 +244,17 @@ def test_what_is_kept_in_inference_is_never_stale(name, how):
         assert relative(after, plain(**inputs()).logits) <= 1e-4  # a step magnifies what differs
 
 
+@pytest.mark.parametrize("name", ["compacter", "lora", "hyperformer"])
+def test_unpatch_frees_what_was_kept(name):
+    patched, _ = pair("vlbart", name)
+    with torch.no_grad():
+        patched(**inputs())
+    kept = [m for m in patched.modules() if "_fastpetl_weights" in m.__dict__]
+    assert kept
+    fastpetl.unpatch(patched)
+    assert not any("_fastpetl_weights" in m.__dict__ for m in kept)
+
+
 # --- LoRA, by another way ---------------------------------------------------------------------------------------------
 
 
