@@ -64,7 +64,7 @@ def sdpa(qkv, key_mask, heads, scale):
     """torch's own scaled_dot_product_attention."""
     q, k, v = heads_of(qkv.contiguous(), heads)
     if key_mask is not None:
-        key_mask = key_mask[:, None, None, :].clamp(min=torch.finfo(q.dtype).min).to(q.dtype)  # no -inf by rounding
+        key_mask = key_mask[:, None, None, :].to(q.dtype).clamp(min=torch.finfo(q.dtype).min)  # no -inf by rounding
     return merge(F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, scale=scale))
 
 
