@@ -1,4 +1,4 @@
-"""save and load: what was trained goes through two files without pickle and comes back bit-equal."""
+"""save and load: what was trained goes through files without pickle and comes back bit-equal."""
 
 import json
 
@@ -20,6 +20,7 @@ def test_round_trip(tmp_path):
     model = trained()
     assert fastpetl.save(model, tmp_path / "new" / "folder") == tmp_path / "new" / "folder"
     assert sorted(file.name for file in (tmp_path / "new" / "folder").iterdir()) == [
+        "README.md",
         "fastpetl.json",
         "fastpetl.safetensors",
     ]

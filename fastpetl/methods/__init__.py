@@ -59,12 +59,13 @@ def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
     if attached(model) is not None or family.is_attached(host):
         raise ValueError("attach: model has adapters attached already; fastpetl.detach(model) first")
     config = config.resolved(family, host)
-    reason = family.attach_reason(host)
-    if reason is not None:
-        raise ValueError(f"attach: {reason}")
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
     names, backend = _patched(model)
     unpatch(model)  # which fused class is right depends on what is attached
+    reason = family.attach_reason(host)
+    if reason is not None:
+        _patch_again(model, names, backend)
+        raise ValueError(f"attach: {reason}")
     try:
         getattr(family, f"attach_{config.attaches}")(host, config)
         config.added(model, host, family)
