@@ -37,10 +37,12 @@ _NAMES = {
     "Count": "fastpetl.count",
     "save": "fastpetl.saving",
     "load": "fastpetl.saving",
+    "export_peft": "fastpetl.peft_format",
+    "import_peft": "fastpetl.peft_format",
 }
 # `skip` and `count` are modules that can be called: fastpetl.skip(model, mask), fastpetl.count(model, inputs)
 _MODULES = (
-    *("skip", "das", "count", "ops", "nn", "patching", "methods", "models", "saving"),
+    *("skip", "das", "count", "ops", "nn", "patching", "methods", "models", "saving", "peft_format"),
     *("backends", "spec", "kernels", "info", "bench", "demo"),
 )
 

@@ -1,5 +1,6 @@
 """What a fused block must not read past: declined when patching, seen when it comes later; the numbers stay right."""
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -160,7 +161,6 @@ def test_subclasses_and_replaced_forwards_are_declined():
 
 
 def test_peft_itself():
-    peft = pytest.importorskip("peft", reason="peft is not installed")
     model = tiny_das()
     fastpetl.detach(model)
     model = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["query"], init_lora_weights=False))
@@ -168,7 +168,7 @@ def test_peft_itself():
     fastpetl.patch(model)
     rows = [row for row in fastpetl.report(model) if row.kind == "vilt.layer"]
     assert {row.status for row in rows} == {"declined"} and "peft" in rows[0].reason
-    assert torch.equal(run(model.base_model.model).logits, want)
+    assert relative(run(model.base_model.model).logits, want) <= 1e-5  # the patches' embedding is fused
 
 
 def test_the_report_is_a_table():
