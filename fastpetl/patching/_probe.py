@@ -55,8 +55,7 @@ def probe_reason(rule, module: nn.Module) -> str | None:
 def _difference(want, got, omits) -> str | None:
     if isinstance(want, torch.Tensor) != isinstance(got, torch.Tensor) or isinstance(want, dict):
         return f"its forward gives a {type(want).__name__}, expected a {type(got).__name__}"
-    if isinstance(want, torch.Tensor):
-        want, got = (want,), (got,)
+    want, got = _flat(want), _flat(got)
     if len(want) != len(got):
         return f"its forward gives {len(want)} values, expected {len(got)}"
     for i, (a, b) in enumerate(zip(want, got, strict=True)):
@@ -68,3 +67,10 @@ def _difference(want, got, omits) -> str | None:
         if not error <= TOLERANCE:
             return f"its forward is not the original's: output {i} differs by {error:.1e} of its largest value"
     return None
+
+
+def _flat(out) -> list:
+    """Tensors and None's, tuples within tuples (a layer's keys and values) one after the other."""
+    if not isinstance(out, tuple | list):
+        return [out]
+    return [t for part in out for t in (_flat(part) if isinstance(part, tuple | list) else [part])]

@@ -1,0 +1,156 @@
+"""Patch rules for VL-Adapter's own BART layers and AdapterController (VL-T5's too), wherever they were copied."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from fastpetl.patching._seq2seq import attention_check, attention_note
+from fastpetl.patching.registry import CopiedRule
+
+_NN = "fastpetl.nn.copied_bart"
+_PROJECTIONS = {"q_proj", "k_proj", "v_proj", "out_proj"}
+_LAYER = {"self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"}
+
+
+def _copied(module) -> bool:
+    """Ours and transformers' own have rules of their own."""
+    return not type(module).__module__.startswith(("fastpetl.", "transformers."))
+
+
+def _has(module, name: str) -> bool:
+    return name in module.__dict__ or name in module._modules
+
+
+def _looks_controller(module) -> bool:
+    return isinstance(module._modules.get("adapters"), nn.ModuleDict) and (
+        _copied(module) and "add_layer_norm_before_adapter" in module.__dict__
+    )
+
+
+def _looks_attention(module) -> bool:
+    return module._modules.keys() == _PROJECTIONS and "is_decoder" in module.__dict__ and _copied(module)
+
+
+def _looks_layer(module, cross: bool) -> bool:
+    names = module._modules.keys()
+    adapter = "self_attn_adapter" if cross else "attn_adapter"
+    return _LAYER <= names and ("encoder_attn" in names) == cross and _has(module, adapter) and _copied(module)
+
+
+def _check_controller(controller) -> str | None:
+    from fastpetl.nn import copied_bart as fused
+    from fastpetl.nn.inline import structure_reason
+
+    for task, adapter in controller.adapters._modules.items():
+        reason = fused.adapter_reason(adapter)
+        if reason is not None:
+            return f"adapters.{task}: {reason}"
+    return structure_reason(controller, fused.controller_structure(controller))
+
+
+def _check_attention(attention) -> str | None:
+    from fastpetl.nn.bart import PROJECTIONS
+
+    return attention_check(attention, PROJECTIONS)
+
+
+def _check_layer(layer) -> str | None:
+    from fastpetl.nn import copied_bart as fused
+    from fastpetl.nn.inline import structure_reason
+
+    cls = fused.CopiedBartDecoderLayer if "encoder_attn" in layer._modules else fused.CopiedBartEncoderLayer
+    if "adapter_hypernet" in layer._modules:
+        return "its adapters' weights are generated (Hyperformer)"
+    return structure_reason(layer, cls.structure)
+
+
+def _draw(module, *lengths: int) -> list[torch.Tensor]:
+    weight = next(p for p in module.parameters() if p.dim() == 2)
+    width = module.embed_dim if hasattr(module, "embed_dim") else weight.shape[1]
+    return [torch.randn(2, n, width, device=weight.device) for n in lengths]
+
+
+def _mask(x, keys: int) -> torch.Tensor:
+    mask = torch.zeros(2, 1, x.shape[1], keys, device=x.device)
+    mask[0, ..., keys - 2 :] = torch.finfo(torch.float32).min
+    return mask
+
+
+def _probe_controller(controller):
+    adapters = controller.adapters._modules
+    width = next(iter(adapters.values())).down_sampler.in_features
+    device = next(controller.parameters()).device
+    for task in adapters:
+        yield (torch.randn(2, 5, width, device=device), task), {}
+
+
+def _probe_attention(attention):
+    x, source = _draw(attention, 5, 4)
+    yield (x,), {}
+    yield (x,), {"attention_mask": _mask(x, 5)}
+    yield (x, source, None, _mask(x, 4)), {}
+    if attention.is_decoder:
+        size = (2, attention.num_heads, 3, attention.head_dim)
+        past = tuple(torch.randn(size, device=x.device) for _ in range(2))
+        yield (x,), {"past_key_value": past, "attention_mask": _mask(x, 8)}
+        yield (x, source), {"past_key_value": past}
+
+
+def _tasks(layer) -> list:
+    return next(
+        (list(m.adapters) for m in layer.children() if isinstance(getattr(m, "adapters", None), nn.ModuleDict)), [None]
+    )
+
+
+def _probe_encoder(layer):
+    (x,) = _draw(layer, 5)
+    for task in _tasks(layer):
+        yield (x, _mask(x, 5)), {"task": task}
+
+
+def _probe_decoder(layer):
+    x, source = _draw(layer, 5, 4)
+    for task in _tasks(layer):
+        yield (x, _mask(x, 5), source, _mask(x, 4)), {"task": task}
+    yield (x,), {"task": task, "use_cache": False}
+    attention = layer.self_attn
+    past = tuple(torch.randn(2, attention.num_heads, n, attention.head_dim, device=x.device) for n in (3, 3, 4, 4))
+    yield (x, _mask(x, 8), source), {"task": task, "past_key_value": past}
+
+
+def _rule(kind: str, replacement: str, looks, check, probe, ops, note=None) -> CopiedRule:
+    note = note or (lambda module: "")
+    return CopiedRule(f"vlbart.copied_{kind}", f"{_NN}:{replacement}", looks, check, probe, ops=ops, note=note)
+
+
+RULES = (
+    _rule(
+        "controller", "CopiedAdapterController", _looks_controller, _check_controller, _probe_controller, ("adapter",)
+    ),
+    _rule(
+        "attention",
+        "CopiedBartAttention",
+        _looks_attention,
+        _check_attention,
+        _probe_attention,
+        ("linear", "attention"),
+        attention_note,
+    ),
+    _rule(
+        "encoder_layer",
+        "CopiedBartEncoderLayer",
+        lambda module: _looks_layer(module, False),
+        _check_layer,
+        _probe_encoder,
+        ("linear", "residual_norm"),
+    ),
+    _rule(
+        "decoder_layer",
+        "CopiedBartDecoderLayer",
+        lambda module: _looks_layer(module, True),
+        _check_layer,
+        _probe_decoder,
+        ("linear", "residual_norm"),
+    ),
+)
