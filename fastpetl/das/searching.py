@@ -24,6 +24,7 @@ from fastpetl.das.scoring import Scorer, scoring, sequential
 QUIRKS = {
     "fixed_batch": "every reward is of validation batch 0",
     "train_mode": "rewards are taken in train mode, dropout and all",
+    "swapped_labels": "METER's text layers are named as its image layers and these as text layers",
 }
 
 
@@ -66,6 +67,7 @@ class Search:
             raise TypeError(f"search: evaluate is {type(evaluate).__name__}, expected a Scorer or a function (round)")
         self.warmup_steps, self.turn, self.candidates, self.lr = warmup_steps, turn, candidates, float(lr)
         self.per_sample, self.seed, self.quirks = per_sample, seed, tuple(quirks)
+        self.names = _names(self.blocks, "swapped_labels" in quirks)
         self.gates = torch.zeros(len(self.blocks), dtype=torch.float64)
         self.generator = torch.Generator().manual_seed(seed)
         self.step, self.count, self.rounds = 0, 0, []
@@ -115,7 +117,7 @@ class Search:
         return SearchedPlan(
             chosen,
             self.shortcut,
-            names=tuple(self.blocks[i].name for i in chosen),
+            names=tuple(self.names[i] for i in chosen),
             gates=tuple(self.gates.tolist()),
             macs_saved=sum(self.blocks[i].macs - self.blocks[i].shortcut_macs for i in chosen),
             seed=self.seed,
@@ -235,6 +237,17 @@ def search(
     finally:
         plan = made.finish()
     return plan
+
+
+def _names(blocks, swapped: bool) -> list[str]:
+    """The blocks' names; swapped: the two streams' exchanged, as the released code prints them."""
+    names, half = [block.name for block in blocks], len(blocks) // 2
+    if not swapped:
+        return names
+    streams = [{name.rpartition(".")[0] for name in part} for part in (names[:half], names[half:])]
+    if len(names) % 2 or not all(len(stream) == 1 for stream in streams) or streams[0] == streams[1]:
+        raise ValueError("search: quirks has 'swapped_labels', expected a model with text and image layers (METER)")
+    return names[half:] + names[:half]
 
 
 def _fill(blocks, n_skip, budget) -> Fill:

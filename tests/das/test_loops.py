@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 import fastpetl
 from das_task import Task
@@ -47,6 +48,49 @@ def test_inside_the_trainer_of_transformers(tmp_path):
     assert found.step == 8 and [r["step"] for r in found.rounds] == [3, 5, 7]  # micro-batches, not optimizer steps
     assert len(seen) == 8 + 3 * 3 and len(set(seen)) > 1
     assert len(found.plan().blocks) == 2 and fastpetl.skip.current(task.model) is None
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_trainers_checkpoints_hold_the_search(tmp_path, given):
+    """Resumed after a kill it ends with the gates, rounds and weights of a run that was not interrupted."""
+    from transformers import Trainer, TrainingArguments
+
+    def run(folder, steps, resume=None):
+        task = Task()
+        found = Search(task.model, task.evaluate, n_skip=2, turn=2, warmup_steps=2)
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=6,
+            lr_scheduler_type="constant",
+            report_to=[],
+            use_cpu=True,
+            save_steps=3,
+            logging_strategy="no",
+            disable_tqdm=True,
+            resume_from_checkpoint=str(resume) if resume and given else None,
+        )
+        callbacks = [fastpetl.das.trainer_callback(found), *([] if steps == 6 else [Stop()])]
+        trainer = Trainer(task.model, arguments, train_dataset=Items(), callbacks=callbacks)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+        return found, task.model
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    whole, model = run(tmp_path / "whole", 6)
+    run(tmp_path / "killed", 3)
+    folder = tmp_path / "killed" / "checkpoint-3"
+    found, resumed = run(tmp_path / "other" if given else tmp_path / "killed", 6, folder)
+    assert (found.step, found.count) == (12, whole.count) and len(found.rounds) > 3
+    assert found.plan() == whole.plan()
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    (folder / "fastpetl_search.pt").unlink()
+    with pytest.raises(FileNotFoundError, match="trainer_callback: training goes on at step 3, expected fastpetl_sea"):
+        run(tmp_path / "killed", 6, folder)
 
 
 def test_inside_lightning(tmp_path):
@@ -108,3 +152,34 @@ def test_ranks_agree(tmp_path):
     torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
     a, b = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert a == b and any(a[0]) and len(a[1]) == 2
+
+
+def test_meter_and_its_swapped_labels():
+    """The search on METER, its text and image layers skipped apart; by the quirk's name with the released labels."""
+    import meter_tiny
+
+    def run(*quirks):
+        model = fastpetl.patch(meter_tiny.tiny())
+        given, target = meter_tiny.inputs(), torch.tensor([1, 2])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+        def loss(round=None):
+            return torch.nn.functional.cross_entropy(model(**given).logits, target)
+
+        def step(i):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+
+        options = {"turn": 2, "warmup_steps": 2, "quirks": quirks, "progress": False}
+        return search(model, step, loss, steps=8, n_skip=1, **options), fastpetl.blocks(model)
+
+    (plan, blocks), (swapped, _) = run(), run("swapped_labels")
+    assert plan.gates == swapped.gates and any(plan.gates) and plan.blocks == swapped.blocks
+    names = [block.name for block in blocks]
+    half = len(names) // 2
+    assert all("text" in name for name in names[:half]) and all("image" in name for name in names[half:])
+    (chosen,) = plan.blocks
+    assert plan.names == (names[chosen],) and swapped.names == (names[(chosen + half) % len(names)],)
+    with pytest.raises(ValueError, match="search: quirks has 'swapped_labels', expected a model with text and image"):
+        Search(Task().model, lambda round: None, n_skip=2, quirks=("swapped_labels",))
