@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastpetl.bench
-from fastpetl.bench import cases, machine, models, ops, plan, report, skip, timing, variant, workloads
+from fastpetl.bench import cases, machine, models, ops, plan, report, skip, tasks, timing, variant, workloads
 
 ROW = {"model", "dtype", "mode", "variant", "status", "ms", "spread", "samples", "thrown_away", "loaded"}
 QUIET = {"rounds": 3, "patience": 0.0}
@@ -256,3 +256,25 @@ def test_skip_refuses_one_pass_that_is_not_three(monkeypatch):
     )
     with pytest.raises(timing.Refused, match="bench skip: one pass over the candidates differs from three by"):
         skip.measure(skip.Plan(tiny=True, only=("scoring",), rounds=1, patience=0.0))
+
+
+def test_tasks_writes_decoding_and_mixing(tmp_path, capsys):
+    file = tmp_path / "tasks.json"
+    assert fastpetl.bench.main(["tasks", "--tiny", "--quick", "--json", str(file)]) == 0
+    found, printed = json.loads(file.read_text()), capsys.readouterr().out
+    assert [(r["mode"], r["variant"]) for r in found["rows"]] == [
+        *[("decode", name) for name in ("adapter", "bare", "compacter", "hyperformer", "lora")],
+        *[(mode, name) for mode in ("inference", "train") for name in ("one task", "four tasks")],
+    ]
+    assert all(set(row) == ROW and row["ms"] > 0 for row in found["rows"])
+    settings = ["compacter", "hyperformer", "lora", "four tasks", "four tasks"]
+    assert [r["setting"] for r in found["ratios"]] == settings
+    assert "time over adapter's" in printed and "time over one task's" in printed
+    assert tasks.Plan(only=("decode/lora",)).methods() == ["bare", "lora"]
+    assert tasks.Plan(only=("decode/lora",)).mixed() == [] and tasks.Plan(only=("train/mixed",)).mixed() == ["train"]
+
+
+def test_tasks_refuses_other_tokens(monkeypatch):
+    monkeypatch.setattr(fastpetl, "patch", lambda model: model.lm_head.weight.data.neg_())
+    with pytest.raises(timing.Refused, match="bench tasks: patched adapter generates other tokens than unpatched"):
+        tasks.decoder("adapter", True)

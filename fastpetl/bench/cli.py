@@ -23,6 +23,7 @@ ROUNDS = {
     "methods": (9, 3),
     "ops": (15, 5),
     "skip": (9, 3),
+    "tasks": (9, 3),
 }  # samples per variant: usually, and with --quick
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench: --batch is {args.batch}, expected a positive number", file=sys.stderr)
         return 2
     only = tuple(part for part in args.only.split(",") if part)
-    jobs = [{"kind": "time", "dtype": "fp32" if args.what == "skip" else "all"}]
+    jobs = [{"kind": "time", "dtype": "fp32" if args.what in ("skip", "tasks") else "all"}]
     if args.what in plan.MODELS:
         jobs = plan.model_jobs(plan.MODELS[args.what], only, args.losses)
     if not jobs:
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(ROUNDS),
         help="vilt: ViLT with DAS adapters; models: METER, VL-BART and VL-T5 with adapters; methods: "
         "VL-BART with adapters, Compacter, Hyperformer and LoRA; ops: the kernel "
-        "family, op by op; skip: MACs skipped against time saved",
+        "family, op by op; skip: MACs skipped against time saved; tasks: decoding with each method, tasks mixed",
     )
     parser.add_argument("--quick", action="store_true", help="few samples")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         metavar="PART[,PART]",
         help="run what contains a PART: vilt fp32/train/patched or bf16/memory/eager, models vlbart/fp32, "
-        "ops fp32/adapter/r96/forward/cpp, skip train/static or scoring",
+        "ops fp32/adapter/r96/forward/cpp, skip train/static or scoring, tasks decode/lora or train/mixed",
     )
     parser.add_argument(
         "--batch", type=int, default=0, metavar="N", help="vilt, models, methods: samples a batch (no bars)"
@@ -131,5 +132,5 @@ def _show(result: dict) -> None:
         text = report.machine(facts)
         if text not in seen:
             seen.append(text)
-    show = {"ops": report.ops, "skip": report.skip}.get(result["bench"], report.models)
+    show = {"ops": report.ops, "skip": report.skip, "tasks": report.skip}.get(result["bench"], report.models)
     print("\n\n".join([*seen, show(result)]))

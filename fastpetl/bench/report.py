@@ -120,11 +120,11 @@ def _chosen(result: dict) -> list[str]:
 
 
 def skip(result: dict) -> str:
-    """Semantics: times of `bench skip`, and what became of the MACs saved."""
+    """Semantics: times of `bench skip` or `bench tasks`, and what they were measured for."""
     rows = [
         [r["model"], r["mode"], r["variant"], milliseconds(r), f"{100 * r['spread']:.0f} %"] for r in result["rows"]
     ]
-    parts = [table(["model", "mode", "skipped", "ms", "spread"], rows)]
+    parts = [table(["model", "mode", "setting", "ms", "spread"], rows)]
     lines = []
     for r in result["ratios"]:
         met = "-" if r["bar"] is None else f"{r['bar']:g}: {'met' if r['met'] else 'MISSED'}"

@@ -42,30 +42,32 @@ def main(argv: list[str]) -> int:
 
 
 def _plan(job: dict):
-    from . import cases, models, ops, skip, workloads
+    from . import cases, models, ops, skip, tasks, workloads
 
     common = {"rounds": job["rounds"], "only": job["only"], "patience": job["patience"]}
     if job["what"] == "ops":
         return ops.Plan(cases.TINY if job["tiny"] else cases.Size(), **common)
     if job["what"] == "skip":
         return skip.Plan(tiny=job["tiny"], **common)
+    if job["what"] == "tasks":
+        return tasks.Plan(tiny=job["tiny"], **common)
     return models.Plan(workloads.WORKLOADS[job["model"]], job["tiny"], job["batch"], **common)
 
 
 def _steps(job: dict) -> int:
-    from . import models, ops, skip
+    from . import models, ops, skip, tasks
 
     if job["kind"] == "memory":
         return 1
     if job["kind"] == "losses":
         return 2 * LOSS_STEPS
     plan = _plan(job)
-    own = {"ops": ops.steps, "skip": skip.steps}.get(job["what"])
+    own = {"ops": ops.steps, "skip": skip.steps, "tasks": tasks.steps}.get(job["what"])
     return 1 + (models.steps(plan, job["dtype"]) if own is None else own(plan))
 
 
 def _measure(job: dict, progress) -> dict:
-    from . import machine, models, ops, skip, variant
+    from . import machine, models, ops, skip, tasks, variant
 
     plan = _plan(job)
     if job["kind"] == "memory":
@@ -81,6 +83,8 @@ def _measure(job: dict, progress) -> dict:
         found["ratios"] = ops.ratios(found["rows"])
     elif job["what"] == "skip":
         found = skip.measure(plan, progress)
+    elif job["what"] == "tasks":
+        found = tasks.measure(plan, progress)
     else:
         found = models.measure(plan, job["dtype"], progress)
         found["ratios"] = models.ratios(found["rows"], bars=not job["batch"])
@@ -92,7 +96,7 @@ def _measure(job: dict, progress) -> dict:
 def _config(job: dict, plan) -> dict:
     import dataclasses
 
-    if job["what"] in ("ops", "skip"):
+    if job["what"] in ("ops", "skip", "tasks"):
         return dataclasses.asdict(plan)
     title = plan.work.title if not plan.batch else f"{plan.work.title}; here batch {plan.batch}"
     return {"model": plan.work.name, "workload": title, "tiny": plan.tiny, "rounds": plan.rounds}
