@@ -12,12 +12,12 @@ from transformers.models.bart import modeling_bart as hf
 
 from fastpetl.nn.bart_adapters import AdapterBartDecoderLayer, AdapterBartEncoderLayer
 from fastpetl.nn.inline import structure
-from fastpetl.nn.lora import LoRALinear
+from fastpetl.nn.lora import LoRALinear, beside_others
 from fastpetl.nn.lora_layers import routed
 from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
 
 _FEED_FORWARD = structure(fc1=nn.Linear, fc2=nn.Linear)
-LORA_PROJECTIONS = structure(k_proj=nn.Linear, out_proj=nn.Linear)  # LoRALinears are called
+LORA_PROJECTIONS = structure(k_proj=nn.Linear, out_proj=nn.Linear)  # LoRALinears are called, or merged
 PROJECTIONS = structure(q_proj=nn.Linear, k_proj=nn.Linear, v_proj=nn.Linear, out_proj=nn.Linear)
 
 
@@ -31,6 +31,7 @@ class FusedBartAttention(Fused, hf.BartAttention):
         lora = isinstance(self.q_proj, LoRALinear)
         if self._declines(LORA_PROJECTIONS if lora else PROJECTIONS, x):
             return super().forward(x, source, past_key_values, attention_mask, **kwargs)
+        lora = lora and not beside_others((self.q_proj, self.v_proj), x)
         if lora:
             q, kv = self.q_proj(x), None
         elif source is None:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 _PLAIN = (nn.Parameter, torch.Tensor)  # DTensor, quantised and other tensor subclasses are not read behind their backs
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Inlined:
@@ -48,7 +48,7 @@ def structure_reason(
         if kind not in inlined.classes:
             return f"{prefix}{name} is {_class_name(kind)}, expected {_class_name(inlined.classes[0])}"
         state = child.__dict__
-        for hooks in _HOOKS:
+        for hooks in HOOKS:
             if state[hooks]:
                 return f"{prefix}{name} has {hooks.strip('_').replace('_', ' ')}, which a fused block would not call"
         if "forward" in state:

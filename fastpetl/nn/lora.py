@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastpetl.nn.inline import call_reason, note_fallback
+from fastpetl.nn.inline import HOOKS, call_reason, note_fallback
 from fastpetl.nn.tasks import TaskRouted, per_sample
 
 
@@ -98,13 +98,11 @@ class FusedLoRALinear(LoRALinear):
         from fastpetl import ops
         from fastpetl.backends import for_op
 
-        a, b = self.update()
         biases = None if self.bias is None else (self.bias,)
         linear = for_op("linear", self._fastpetl_backend)
-        if not torch.is_grad_enabled() and not self.training and not torch.compiler.is_compiling():
-            cache = self.__dict__.setdefault("_fastpetl_weights", ops.WeightCache())
-            weight = cache.get(id(a), (self.weight, a, b), lambda: torch.addmm(self.weight, b, a, alpha=self.scale))
-            return ops.linear(x, (weight,), biases, backend=linear)
+        if self.merges(x):
+            return ops.linear(x, (self.merged(),), biases, backend=linear)
+        a, b = self.update()
         base = ops.linear(x, (self.weight,), biases, backend=linear)
         u = self._dropped(x)
         if self.in_features != self.out_features:
@@ -113,6 +111,28 @@ class FusedLoRALinear(LoRALinear):
         return ops.adapter(
             u, a, None, b, None, activation="identity", scale=self.scale, residuals=(base,), backend=backend
         )
+
+
+    def merges(self, x) -> bool:
+        """Semantics: can the update of this call stand in the weight? In inference, of one task, nobody listening."""
+        if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
+            return False
+        if isinstance(self.__dict__.get("_fastpetl_current"), tuple | list) or self.weight.dtype != x.dtype:
+            return False
+        return not any(self.__dict__[hooks] for hooks in HOOKS) and "forward" not in self.__dict__
+
+    def merged(self) -> torch.Tensor:
+        """Semantics: W + scale * B A of this call's task, kept while W, A and B stay as they are."""
+        from fastpetl import ops
+
+        a, b = self.update()
+        cache = self.__dict__.setdefault("_fastpetl_weights", ops.WeightCache())
+        return cache.get(id(a), (self.weight, a, b), lambda: torch.addmm(self.weight, b, a, alpha=self.scale))
+
+
+def beside_others(linears, x) -> bool:
+    """Semantics: can all these projections be taken side by side, those with an update merged?"""
+    return all(type(linear) is FusedLoRALinear and linear.merges(x) for linear in linears)
 
 
 FusedLoRALinear.__name__ = LoRALinear.__name__  # accelerate and others match modules by class name

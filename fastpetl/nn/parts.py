@@ -11,6 +11,7 @@ from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastpetl.nn.inline import call_reason, note_fallback
+from fastpetl.nn.lora import FusedLoRALinear
 
 
 class Fused:
@@ -28,11 +29,12 @@ class Fused:
 
     def _linear(self, x: torch.Tensor, *linears: nn.Linear, slot: str, activation: str | None = None) -> torch.Tensor:
         """Semantics: [linear_1(a(x)), linear_2(a(x)), ...] side by side, a = gelu (erf) or nothing. slot: the name of
-        the cache for the packed weights; in inference only, where memory is at its lowest.
+        the cache for the packed weights; in inference only, where memory is at its lowest. Linears with LoRA are taken
+        merged: the caller has asked `lora.beside_others`.
         """
         from fastpetl import ops
 
-        weights = tuple(linear.weight for linear in linears)
+        weights = tuple(linear.merged() if type(linear) is FusedLoRALinear else linear.weight for linear in linears)
         biases = None if linears[0].bias is None else tuple(linear.bias for linear in linears)
         backend = self._op("linear")
         # x is ours where there is an activation: the linear before it made it.

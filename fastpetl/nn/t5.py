@@ -7,10 +7,10 @@ from torch import nn
 from transformers.models.t5 import modeling_t5 as hf
 
 from fastpetl.nn.inline import note_fallback, structure
-from fastpetl.nn.lora import LoRALinear
+from fastpetl.nn.lora import LoRALinear, beside_others
 from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
 
-LORA_PROJECTIONS = structure(k=nn.Linear, o=nn.Linear)  # LoRALinears are called
+LORA_PROJECTIONS = structure(k=nn.Linear, o=nn.Linear)  # LoRALinears are called, or merged
 PROJECTIONS = structure(q=nn.Linear, k=nn.Linear, v=nn.Linear, o=nn.Linear)
 DENSE = structure(wi=nn.Linear, wo=nn.Linear, dropout=nn.Dropout)
 GATED = structure(wi_0=nn.Linear, wi_1=nn.Linear, wo=nn.Linear, dropout=nn.Dropout)
@@ -26,6 +26,7 @@ class FusedT5Attention(Fused, hf.T5Attention):
         lora = isinstance(self.q, LoRALinear)
         if self._declines(LORA_PROJECTIONS if lora else PROJECTIONS, x):
             return super().forward(x, mask, source, position_bias, past, **kwargs)
+        lora = lora and not beside_others((self.q, self.v), x)
         seen = past.get_seq_length(self.layer_idx) if past is not None else 0
         seen = seen.clone() if isinstance(seen, torch.Tensor) else seen  # a static cache counts in place
         if lora:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 import fastpetl
 from fastpetl.methods.task_set import task_of
 from fastpetl.methods.tasks import current_task, tasks
-from vilt_tiny import everything, one_thread, tiny_das  # noqa: F401
+from vilt_tiny import everything, one_thread, relative, tiny_das  # noqa: F401
 from vl_tiny import TASKS, inputs, randomize, tiny
 
 CONFIGS = {
@@ -181,3 +181,36 @@ def test_attach_to_what_was_patched_before(kind):
     fastpetl.attach(model, CONFIGS["multiple"])
     assert not [row for row in fastpetl.report(model).rows if row.status != "patched"]
     assert torch.isfinite(logits(model, "gqa")).all()
+
+
+@pytest.mark.parametrize("kind", ["vlbart", "vlt5"])
+def test_merged_lora_is_never_stale(kind):
+    """In inference q, k and v are one product with the updates merged: changed weights, another task, a hook or tasks
+    in one batch count at once, and gradients are as if nothing had been merged.
+    """
+    plain = built(kind, "lora", patch=False)
+    patched = fastpetl.patch(copy.deepcopy(plain))
+    name = "q_proj" if kind == "vlbart" else "SelfAttention.q"
+    pairs = [[m for n, m in model.named_modules() if n.endswith(name)] for model in (plain, patched)]
+    assert relative(logits(patched, "gqa"), logits(plain, "gqa")) <= 1e-5
+    with torch.no_grad():
+        for linears in pairs:
+            linears[0].lora_Bs["gqa"].add_(0.5)
+    assert relative(logits(patched, "gqa"), logits(plain, "gqa")) <= 1e-5
+    for task in ("vqa", ("vqa", "gqa", "gqa")):
+        assert relative(logits(patched, task), logits(plain, task)) <= 1e-5
+    with torch.no_grad():
+        for linears in pairs:
+            linears[0].weight.mul_(1.5)
+    assert relative(logits(patched, "gqa"), logits(plain, "gqa")) <= 1e-5
+    heard = []
+    for linears in pairs:
+        linears[0].register_forward_hook(lambda module, given, out: heard.append(1) or out * 2)
+    assert relative(logits(patched, "gqa"), logits(plain, "gqa")) <= 1e-5 and len(heard) == 2
+    grads = []
+    for model in (plain, patched):
+        fastpetl.task(model, "gqa")
+        model.train()(**inputs()).loss.backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if task_of(n) == "gqa"})
+    for n, grad in grads[0].items():
+        assert relative(grads[1][n], grad) <= 1e-4, n
