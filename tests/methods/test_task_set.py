@@ -195,17 +195,17 @@ def test_merged_lora_is_never_stale(kind):
     assert relative(logits(patched, "gqa"), logits(plain, "gqa")) <= 1e-5
     with torch.no_grad():
         for linears in pairs:
-            linears[0].lora_Bs["gqa"].add_(0.5)
+            linears[0].lora_Bs["gqa"].add_(0.05)
     assert relative(logits(patched, "gqa"), logits(plain, "gqa")) <= 1e-5
     for task in ("vqa", ("vqa", "gqa", "gqa")):
         assert relative(logits(patched, task), logits(plain, task)) <= 1e-5
     with torch.no_grad():
         for linears in pairs:
-            linears[0].weight.mul_(1.5)
+            linears[0].weight.mul_(1.1)
     assert relative(logits(patched, "gqa"), logits(plain, "gqa")) <= 1e-5
     heard = []
     for linears in pairs:
-        linears[0].register_forward_hook(lambda module, given, out: heard.append(1) or out * 2)
+        linears[0].register_forward_hook(lambda module, given, out: heard.append(1) or out * 1.1)
     assert relative(logits(patched, "gqa"), logits(plain, "gqa")) <= 1e-5 and len(heard) == 2
     grads = []
     for model in (plain, patched):
