@@ -193,12 +193,8 @@ def test_merged_lora_is_never_stale(kind):
     name = "q_proj" if kind == "vlbart" else "SelfAttention.q"
     pairs = [[m for n, m in model.named_modules() if n.endswith(name)] for model in (plain, patched)]
 
-    def same(task):  # T5 magnifies fp32's rounding to 2e-4; what is stale is off by 1e-2 and more
-        exact = copy.deepcopy(plain).double()
-        with torch.no_grad(), fastpetl.task(exact, task):
-            truth = exact.eval()(**inputs(dtype=torch.float64)).logits
-        ours, theirs = (relative(logits(model, task).double(), truth) for model in (patched, plain))
-        return ours <= 2 * theirs + 1e-5
+    def same(task):  # T5 magnifies fp32's rounding to 2e-4, in eager torch too; what is stale is off by 1e-2
+        return relative(logits(patched, task), logits(plain, task)) <= (1e-5 if kind == "vlbart" else 2e-3)
 
     assert same("gqa")
     with torch.no_grad():
@@ -214,7 +210,7 @@ def test_merged_lora_is_never_stale(kind):
     heard = []
     for linears in pairs:
         linears[0].register_forward_hook(lambda module, given, out: heard.append(1) or out * 1.1)
-    assert same("gqa") and len(heard) == 3  # plain, patched and the float64 copy
+    assert same("gqa") and len(heard) == 2
     grads = []
     for model in (plain, patched):
         fastpetl.task(model, "gqa")
