@@ -80,6 +80,9 @@ class MeterModel(MeterPreTrainedModel):
     forward(input_ids [B, T], pixel_values [B, 3, H, W], attention_mask [B, T] or None, image_token_type_idx=1) ->
     text_features [B, T, d], image_features [B, N, d], pooler_output [B, 2d]. Both layers of a pair read what the pair
     before gave. image_token_type_idx: the modality embedding's row for the image, 2 for a second one.
+    output_hidden_states: hidden_states are the (text, image) features before the first pair and after each.
+    output_attentions (attn_implementation="eager"): attentions are, per pair, (text's, image's), each (own [B, heads,
+    Q, Q], of the other stream [B, heads, Q, K]), None for a skipped layer. None: what the configuration says.
 
     `fastpetl.skip` leaves out cross-modal layers: x = shortcut(x) where skipped, gates 0 .. n-1 the text layers, n ..
     2n-1 the image layers. `fastpetl.attach(model, DASConfig())` adds adapters, `adapter_list_l` and `adapter_list_v`
@@ -107,7 +110,15 @@ class MeterModel(MeterPreTrainedModel):
     def set_input_embeddings(self, value):
         self.text_transformer.set_input_embeddings(value)
 
-    def forward(self, input_ids, pixel_values, attention_mask=None, image_token_type_idx: int = 1):
+    def forward(
+        self,
+        input_ids,
+        pixel_values,
+        attention_mask=None,
+        image_token_type_idx: int = 1,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ):
         if not 0 < image_token_type_idx < self.config.type_vocab_size:
             raise ValueError(
                 f"MeterModel: image_token_type_idx is {image_token_type_idx}, expected one of "
@@ -121,27 +132,53 @@ class MeterModel(MeterPreTrainedModel):
         y = self.vit_model.post_layernorm(self.vit_model(pixel_values).last_hidden_state)
         y = self.cross_modal_image_transform(y)
         types = self.token_type_embeddings.weight
-        x, y = self._fuse(x + types[0], y + types[image_token_type_idx], _additive(attention_mask, x.dtype))
+        hidden, maps = self._asked(output_hidden_states, output_attentions)
+        mask = _additive(attention_mask, x.dtype)
+        x, y = self._fuse(x + types[0], y + types[image_token_type_idx], mask, hidden, maps)
         pooled = torch.cat([self.cross_modal_text_pooler(x), self.cross_modal_image_pooler(y)], -1)
-        return BridgeTowerModelOutput(text_features=x, image_features=y, pooler_output=pooled)
+        asked = {name: tuple(t) for name, t in (("hidden_states", hidden), ("attentions", maps)) if t is not None}
+        return BridgeTowerModelOutput(text_features=x, image_features=y, pooler_output=pooled, **asked)
 
-    def _fuse(self, x, y, mask):
+    def _asked(self, hidden: bool | None, maps: bool | None) -> tuple[list | None, list | None]:
+        """Lists to be filled with what the call asks for."""
+        hidden = self.config.output_hidden_states if hidden is None else hidden
+        maps = self.config.output_attentions if maps is None else maps
+        skip, _ = self._fastpetl_skip
+        if maps and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"MeterModel: output_attentions is True with attn_implementation "
+                f"{self.config._attn_implementation!r}, expected 'eager', which makes the maps"
+            )
+        if maps and skip is not None and not isinstance(skip, tuple):
+            raise ValueError(
+                "MeterModel: output_attentions is True while samples skip blocks of their own, expected not"
+            )
+        return [] if hidden else None, [] if maps else None
+
+    def _fuse(self, x, y, mask, hidden=None, maps=None):
         skip, shortcut = self._fastpetl_skip
+        hidden = [] if hidden is None else hidden
+        hidden.append((x, y))
         if skip is not None and not isinstance(skip, tuple):
-            return self._fuse_per_sample(x, y, mask, skip, shortcut)
+            return self._fuse_per_sample(x, y, mask, skip, shortcut, hidden)
         n = self.config.num_hidden_layers
         for i in range(n):
-            new = []
+            new, seen = [], []
             for k, (stream, other, masks) in enumerate(((x, y, (mask, None)), (y, x, (None, mask)))):
+                weights = None
                 if not (skip and skip[k * n + i]):
-                    stream = self._layers(k)[i](stream, other, *masks)[0]
+                    stream, *weights = self._layers(k)[i](stream, other, *masks)
                 elif shortcut == "adapter":
                     stream = self._shortcuts(k)[i](stream)
                 new.append(stream)
+                seen.append(None if weights is None else tuple(weights))
             x, y = new
+            hidden.append((x, y))
+            if maps is not None:
+                maps.append(tuple(seen))
         return x, y
 
-    def _fuse_per_sample(self, x, y, mask, policy, shortcut):
+    def _fuse_per_sample(self, x, y, mask, policy, shortcut, hidden):
         from fastpetl.skip.compaction import streams
 
         n = self.config.num_hidden_layers
@@ -156,6 +193,7 @@ class MeterModel(MeterPreTrainedModel):
 
                 adapter = self._shortcuts(k)[i] if shortcut == "adapter" else nn.Identity()
                 pair[k].run(i, block, adapter, layer.parameters(), adapter.parameters())
+            hidden.append((pair[0].whole(), pair[1].whole()))
         return pair[0].whole(), pair[1].whole()
 
     def _layers(self, k: int) -> nn.ModuleList:
@@ -178,7 +216,7 @@ class MeterForQuestionAnswering(MeterPreTrainedModel):
     """Semantics: VQA as classification (num_labels answers), or any other question about one image and one text.
 
     labels: soft targets [B, num_labels] (float): binary cross entropy, mean * num_labels, as METER's VQA; or classes
-    [B] (int64): cross entropy, as its SNLI-VE.
+    [B] (int64): cross entropy, as its SNLI-VE. output_hidden_states, output_attentions: as `MeterModel`.
     """
 
     def __init__(self, config: MeterConfig):
@@ -187,14 +225,17 @@ class MeterForQuestionAnswering(MeterPreTrainedModel):
         self.classifier = _head(2 * config.hidden_size, 2 * config.hidden_size, config.num_labels)
         self.post_init()
 
-    def forward(self, input_ids, pixel_values, attention_mask=None, labels=None):
-        logits = self.classifier(self.meter(input_ids, pixel_values, attention_mask).pooler_output)
+    def forward(self, input_ids, pixel_values, attention_mask=None, labels=None, **asked):
+        out = self.meter(input_ids, pixel_values, attention_mask, **asked)
+        logits = self.classifier(out.pooler_output)
         loss = None
         if labels is not None and labels.is_floating_point():
             loss = F.binary_cross_entropy_with_logits(logits, labels) * labels.shape[1]
         elif labels is not None:
             loss = F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions
+        )
 
 
 class MeterForImagesAndTextClassification(MeterPreTrainedModel):

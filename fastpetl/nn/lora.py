@@ -112,7 +112,6 @@ class FusedLoRALinear(LoRALinear):
             u, a, None, b, None, activation="identity", scale=self.scale, residuals=(base,), backend=backend
         )
 
-
     def merges(self, x) -> bool:
         """Semantics: can the update of this call stand in the weight? In inference, of one task, nobody listening."""
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():

@@ -53,6 +53,7 @@ def test_inside_the_trainer_of_transformers(tmp_path):
 @pytest.mark.parametrize("given", [True, False])
 def test_the_trainers_checkpoints_hold_the_search(tmp_path, given):
     """Resumed after a kill it ends with the gates, rounds and weights of a run that was not interrupted."""
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate")
     from transformers import Trainer, TrainingArguments
 
     def run(folder, steps, resume=None):

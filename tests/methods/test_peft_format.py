@@ -2,7 +2,6 @@
 
 import json
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,6 +10,7 @@ import fastpetl
 from vilt_tiny import everything, one_thread, relative  # noqa: F401
 from vl_tiny import TASKS, inputs, randomize, tiny
 
+peft = pytest.importorskip("peft", reason="peft is not installed, whose reading and writing this is about")
 KINDS = {"vlbart": ["q_proj", "v_proj"], "vlt5": ["q", "v"]}
 
 
