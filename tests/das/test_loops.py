@@ -1,7 +1,6 @@
 """The search inside loops that exist: transformers' Trainer, Lightning, several processes."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from transformers import TrainerCallback
 
 import fastpetl
+import two_ranks
 from das_task import Task
 from fastpetl.das import Search, search
 from vilt_tiny import inputs, one_thread  # noqa: F401
@@ -130,7 +130,6 @@ def test_inside_lightning(tmp_path):
 
 
 def _rank(rank, folder):
-    sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     task = Task()
@@ -146,11 +145,10 @@ def _rank(rank, folder):
 
     plan = search(task.model, step, task.evaluate, steps=7, n_skip=2, turn=3, warmup_steps=0, progress=False)
     Path(folder, f"{rank}.json").write_text(json.dumps([plan.gates, plan.rounds, plan.blocks]))
-    torch.distributed.destroy_process_group()
 
 
 def test_ranks_agree(tmp_path):
-    torch.multiprocessing.start_processes(_rank, (str(tmp_path),), nprocs=2, start_method="fork")
+    two_ranks.run(__file__, tmp_path)
     a, b = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert a == b and any(a[0]) and len(a[1]) == 2
 

@@ -1,8 +1,5 @@
 """Patched models under DataParallel's replicas, DistributedDataParallel and FSDP2 (gloo, two processes on the CPU)."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +8,7 @@ from transformers import BertConfig, BertModel
 
 import fastpetl
 import meter_tiny
+import two_ranks
 from vilt_tiny import one_thread, randomize, relative  # noqa: F401
 from vl_tiny import TASKS, inputs, tiny, tiny_adapters
 
@@ -68,7 +66,7 @@ def test_data_parallel_replicas(name):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-# --- two processes, started once for all cases: forked ones inherit locks, spawned ones import for seconds ------------
+# --- two processes, started once for all cases: each imports for seconds --------------------------------------------
 
 DISTRIBUTED = ("vlbart", "vlt5", "compacter", "lora", "das_meter", "bert")
 CASES = [(name, kind) for name in DISTRIBUTED for kind in ("ddp", "fsdp")]
@@ -96,22 +94,12 @@ def _rank(rank, folder):
         found[name, kind] = grads, str(fastpetl.report(model))
     if rank == 0:
         torch.save(found, Path(folder, "found.pt"))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    here = Path(__file__).parents
-    path = os.pathsep.join([*map(str, here[:3]), os.environ.get("PYTHONPATH", "")])
-    code = "import sys, test_distributed as t; t._rank(int(sys.argv[1]), sys.argv[2])"
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    ranks = [subprocess.Popen([sys.executable, "-c", code, str(rank), str(folder)], env=env) for rank in (0, 1)]
-    try:
-        assert [rank.wait(timeout=240) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+    two_ranks.run(__file__, folder)
     return torch.load(folder / "found.pt", weights_only=False)
 
 
