@@ -3,12 +3,15 @@
 // Backward in two phases: rows (dz, then dx through the LN), then weight gradients, parallel over column panels of d with
 // all rows as the reduction. So no partial sums, no atomics: the same bits for any number of threads.
 #pragma once
-#include "pack.h"
+#include "adapter_direct_impl.h"
 
 namespace FP_ISA {
 
 template <class T, class E> struct Adapter {
   using Elem = typename E::Elem;
+
+  // Nothing to convert: rows go as they are (adapter_direct_impl.h)
+  static constexpr bool PLAIN = std::is_same<T, float>::value && std::is_same<Elem, float>::value;
 
   // y = x W^T wants B[k = columns of W, n = rows of W]
   static Elem* pack_weight_columns(int slot, const void* w, int64_t rows, int64_t cols) {
@@ -43,6 +46,8 @@ template <class T, class E> struct Adapter {
     const Elem* wu = pack_weight_columns(1, p.w_up, d, r);
     const float *gamma = load_vector<T>(2, p.norm_weight, d), *beta = load_vector<T>(3, p.norm_bias, d);
     const float *bd = load_vector<T>(10, p.b_down, r), *bu = load_vector<T>(11, p.b_up, d);
+    if constexpr (PLAIN)
+      return DirectAdapter<E>::forward(p, wd, wu, gamma, beta, bd, [&](int64_t row, const float* u) { finish_row(p, row, u, E::NP, bu); });
     row_blocks(p.rows, d, r, [&](int64_t r0, int64_t m) {
       const T* x = (const T*)p.x + r0 * d;
       float* row = scratch<float>(4, width);
@@ -100,6 +105,7 @@ template <class T, class E> struct Adapter {
     const Elem* wu = pack_weight_rows(0, p.w_up, d, r);
     const Elem* wd = p.dx ? pack_weight_rows(1, p.w_down, r, d) : nullptr;
     const float* gamma = load_vector<T>(2, p.norm_weight, d);
+    if constexpr (PLAIN) return DirectAdapter<E>::backward_rows(p, wu, wd, gamma, dz);
     row_blocks(p.rows, d, r, [&](int64_t r0, int64_t m) {
       const T *g = (const T*)p.grad + r0 * d, *x = (const T*)p.x + r0 * d, *z = (const T*)p.z + r0 * r;
       float *row = scratch<float>(4, width), *xrow = scratch<float>(9, width);
@@ -137,28 +143,17 @@ template <class T, class E> struct Adapter {
   // With xhat = (x - mean) rstd:  dW' = dz^T xhat,  dc = sum dz;  dW_down = dW' gamma + dc beta^T,
   // dgamma = sum_r dW' W_down,  dbeta = W_down^T dc: the norm's gradients need no pass over the rows of their own.
   static void backward_weights(const fp_adapter_backward& p, const float* dz) {
-    const int64_t d = p.d, r = p.r, rows = p.rows, chunk = CHUNK, chunks = (rows + chunk - 1) / chunk;
+    const int64_t d = p.d, r = p.r, rows = p.rows;
     const bool down = p.dw_down || p.dnorm_weight, up_ = p.dw_up != nullptr;
-    const int64_t ar = round_up(r, E::UNIT);
-    Elem* az = down ? scratch<Elem>(0, chunks * E::a_size(ar, chunk)) : nullptr;
-    Elem* ah = up_ ? scratch<Elem>(1, chunks * E::a_size(ar, chunk)) : nullptr;
-    const int64_t groups = (r + 15) / 16;
+    const Elem *az = nullptr, *ah = nullptr;  // left operands of the two products
+    if constexpr (PLAIN) {
+      if (down) az = dz;
+      if (up_) ah = DirectAdapter<E>::activated(1, p);
+    } else {
+      pack_lefts(p, down ? dz : nullptr, up_, &az, &ah);
+    }
     float* dc = scratch<float>(13, round_up(r, 64));
     memset(dc, 0, round_up(r, 64) * 4);
-    // dz^T and h^T as left operands, one after the other chunk of rows
-    parallel(chunks * groups, grain(400. * (rows < chunk ? rows : chunk)), [&](int64_t begin, int64_t end) {
-      float* h = scratch<float>(7, chunk * 16);
-      for (int64_t t = begin; t < end; ++t) {
-        const int64_t q = t / groups, i0 = t % groups * 16, n = r - i0 < 16 ? r - i0 : 16;
-        const int64_t k0 = q * chunk, k = rows - k0 < chunk ? rows - k0 : chunk;
-        const int64_t at = q * E::a_size(ar, chunk) + i0 * E::a_size(E::UNIT, k) / E::UNIT;
-        if (down) E::put_a_transposed(az + at, k, n, dz + k0 * r + i0, r);
-        if (!up_) continue;
-        for (int64_t i = 0; i < k; ++i)
-          for (int j = 0; j < 16; j += VL) store(h + i * 16 + j, activate(p.activation, load((const T*)p.z + (k0 + i) * r + i0 + j, n - j)));
-        E::put_a_transposed(ah + at, k, n, h, 16);
-      }
-    });
     if (p.db_down || p.dnorm_bias || down) column_sums(dz, rows, r, dc);
     if (p.db_down) store_row((T*)p.db_down, dc, r);
     if (!(down || up_ || p.db_up || p.dnorm_bias)) return;
@@ -181,6 +176,26 @@ template <class T, class E> struct Adapter {
               for (int64_t i = 0; i < r; ++i) down_to((T*)p.dw_up + (j0 + j) * r + i, p.scale * product(c, r, i, j));
           if (p.db_up) for (int64_t j = 0; j < n; ++j) down_to((T*)p.db_up + j0 + j, p.scale * total[j]);
         }
+      }
+    });
+  }
+  // dz^T and h^T, one after the other chunk of rows
+  static void pack_lefts(const fp_adapter_backward& p, const float* dz, bool up_, const Elem** dz_out, const Elem** h_out) {
+    const int64_t r = p.r, rows = p.rows, chunk = CHUNK, chunks = (rows + chunk - 1) / chunk, ar = round_up(r, E::UNIT), groups = (r + 15) / 16;
+    Elem* az = dz ? scratch<Elem>(0, chunks * E::a_size(ar, chunk)) : nullptr;
+    Elem* ah = up_ ? scratch<Elem>(1, chunks * E::a_size(ar, chunk)) : nullptr;
+    *dz_out = az, *h_out = ah;
+    parallel(chunks * groups, grain(400. * (rows < chunk ? rows : chunk)), [&](int64_t begin, int64_t end) {
+      float* h = scratch<float>(7, chunk * 16);
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t q = t / groups, i0 = t % groups * 16, n = r - i0 < 16 ? r - i0 : 16;
+        const int64_t k0 = q * chunk, k = rows - k0 < chunk ? rows - k0 : chunk;
+        const int64_t at = q * E::a_size(ar, chunk) + i0 * E::a_size(E::UNIT, k) / E::UNIT;
+        if (dz) E::put_a_transposed(az + at, k, n, dz + k0 * r + i0, r);
+        if (!up_) continue;
+        for (int64_t i = 0; i < k; ++i)
+          for (int j = 0; j < 16; j += VL) store(h + i * 16 + j, activate(p.activation, load((const T*)p.z + (k0 + i) * r + i0 + j, n - j)));
+        E::put_a_transposed(ah + at, k, n, h, 16);
       }
     });
   }
@@ -212,7 +227,9 @@ template <class T, class E> struct Adapter {
         E::put_b_rows(b, k, i, pair[0], pair[1], n);
       }
       for (int64_t j = 0; total && j < GROUP; ++j) total[j] += sums[j], sums[j] = 0.f;
-      if (a) multiply<E>(a + q * E::a_size(ar, CHUNK), k, p.r, b, n, c, k0 > 0);
+      if (!a) continue;
+      if constexpr (PLAIN) E::product({a + k0 * p.r, 1, p.r}, p.r, k, b, n, c, E::NP, panel_size<E>(p.r), k0 > 0);
+      else multiply<E>(a + q * E::a_size(ar, CHUNK), k, p.r, b, n, c, k0 > 0);
     }
     if (p.rows == 0) memset(c, 0, product_size<E>(p.r, GROUP) * 4);
   }

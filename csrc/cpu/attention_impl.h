@@ -2,7 +2,7 @@
 // The forward saves the log-sum-exp; the backward recomputes the probabilities from it, keys as rows, so that dV and dK
 // come out directly and only dS is transposed (for dQ).
 #pragma once
-#include "pack.h"
+#include "attention_direct_impl.h"
 
 namespace FP_ISA {
 
@@ -57,7 +57,10 @@ template <class T, class E> struct Attention {
     });
   }
 
+  static constexpr bool PLAIN = std::is_same<T, float>::value && std::is_same<Elem, float>::value;  // nothing to convert
   static void forward(const fp_attention& a) {
+    if constexpr (PLAIN)
+      if (DirectAttention<E>::serves(a.head_dim)) return DirectAttention<E>::forward(a, softmax_row);
     const int64_t n = a.tokens, dim = a.head_dim, width = round_up(n > dim ? n : dim, 64) + 128;
     const size_t bytes = 4096 + width * 4 + sizeof(Elem) * (columns_size<E>(dim, n) + E::b_size(n, dim) + E::a_size(BLOCK, dim) + E::a_size(BLOCK, n)) +
                          4 * (product_size<E>(BLOCK, n) + product_size<E>(BLOCK, dim) + BLOCK);
@@ -113,6 +116,8 @@ template <class T, class E> struct Attention {
   }
 
   static void backward(const fp_attention& a) {
+    if constexpr (PLAIN)
+      if (DirectAttention<E>::serves(a.head_dim)) return DirectAttention<E>::backward(a);
     const int64_t n = a.tokens, dim = a.head_dim, width = round_up(n > dim ? n : dim, 64) + 128;
     const size_t bytes = 8192 + 4 * (width + 2 * round_up(n, 64) + 2 * width) +
                          sizeof(Elem) * (2 * columns_size<E>(dim, n) + 2 * E::b_size(n, dim) + E::b_size(BLOCK, dim) + 2 * E::a_size(BLOCK, dim) + 2 * E::a_size(BLOCK, n) + E::a_size(n, BLOCK)) +

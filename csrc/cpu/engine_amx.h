@@ -4,7 +4,7 @@
 // units' fp32 peak. What differs from FMA: subnormals count as zero, and an infinite input gives NaN where FMA may give inf.
 // Layouts: A [row tile][k tile][plane][16 rows x 32], B [column tile][k tile][plane][16 k-pairs x 16 columns x 2].
 #pragma once
-#include "vec.h"
+#include "transpose.h"
 
 namespace FP_ISA {
 
@@ -59,35 +59,11 @@ template <int PLANES> struct EngineAmx {
     for (int64_t i = m; i % 16; ++i)
       for (int64_t t = 0; t < kt * PLANES; ++t) _mm512_storeu_si512(a + (i / 16 * kt * PLANES + t) * TILE + i % 16 * 32, _mm512_setzero_si512());
   }
-  static inline void transpose16(const float* src, int64_t ld, int64_t rows, __mmask16 columns, __m512* out) {
+  static inline void transpose_rows(const float* src, int64_t ld, int64_t rows, __mmask16 columns, __m512* out) {
     __m512 v[16], t[16];
     for (int i = 0; i < 16; ++i) v[i] = i < rows ? _mm512_maskz_loadu_ps(columns, src + i * ld) : _mm512_setzero_ps();
     transpose16((__m512i*)v, (__m512i*)t);
     for (int i = 0; i < 16; ++i) out[i] = t[i];
-  }
-  static inline __attribute__((always_inline)) void transpose16(const __m512i* v, __m512i* o) {
-    __m512i a[16], b[16];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      a[2 * i] = _mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-      a[2 * i + 1] = _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      b[4 * i] = _mm512_unpacklo_epi64(a[4 * i], a[4 * i + 2]);
-      b[4 * i + 1] = _mm512_unpackhi_epi64(a[4 * i], a[4 * i + 2]);
-      b[4 * i + 2] = _mm512_unpacklo_epi64(a[4 * i + 1], a[4 * i + 3]);
-      b[4 * i + 3] = _mm512_unpackhi_epi64(a[4 * i + 1], a[4 * i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {  // b[4q + i]: columns i, 4+i, 8+i, 12+i (one per lane) of rows 4q..4q+3
-      __m512i x = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), y = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88);
-      __m512i z = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd), w = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
-      o[i] = _mm512_shuffle_i32x4(x, y, 0x88);
-      o[8 + i] = _mm512_shuffle_i32x4(x, y, 0xdd);
-      o[4 + i] = _mm512_shuffle_i32x4(z, w, 0x88);
-      o[12 + i] = _mm512_shuffle_i32x4(z, w, 0xdd);
-    }
   }
   // A[i, kk] = src[kk * ld + i]
   static void put_a_transposed(Elem* a, int64_t k, int64_t m, const float* src, int64_t ld) {
@@ -96,8 +72,8 @@ template <int PLANES> struct EngineAmx {
       const __mmask16 cols = m - i0 >= 16 ? 0xffff : (__mmask16)((1 << (m - i0)) - 1);
       for (int64_t t = 0; t < kt; ++t) {
         __m512 lo[16], hi[16];
-        transpose16(src + t * 32 * ld + i0, ld, k - t * 32, cols, lo);
-        transpose16(src + (t * 32 + 16) * ld + i0, ld, k - t * 32 - 16, cols, hi);
+        transpose_rows(src + t * 32 * ld + i0, ld, k - t * 32, cols, lo);
+        transpose_rows(src + (t * 32 + 16) * ld + i0, ld, k - t * 32 - 16, cols, hi);
         Elem* p = a + (i0 / 16 * kt + t) * PLANES * TILE;
         for (int i = 0; i < 16; ++i) {
           __m512i s[PLANES];

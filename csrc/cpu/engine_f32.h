@@ -2,7 +2,7 @@
 // An engine packs A (by rows, or transposed) and B, and multiplies one NP-wide column panel of B at a time:
 //   C[m, NP] (+)= A[m, k] B[k, NP].   All engines have the same members; kernels are templates over them.
 #pragma once
-#include "vec.h"
+#include "transpose.h"
 
 namespace FP_ISA {
 
@@ -49,7 +49,16 @@ struct EngineF32 {
   // columns n0..n0+15 of B from 16 rows of its transpose, each zero-padded to pad_k
   template <bool STREAM = false> static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
     const int64_t kp = pad_k(k);
-    for (int64_t k0 = 0; k0 < kp; k0 += 16)
+    int64_t k0 = 0;
+#if defined(__AVX512F__)
+    for (float* p = b + n0 / NP * NP * kp + n0 % NP; k0 + 16 <= kp; k0 += 16) {
+      __m512i v[16], t[16];
+      for (int j = 0; j < 16; ++j) v[j] = (__m512i)load(rows[j] + k0);
+      transpose16(v, t);
+      for (int j = 0; j < 16; ++j) store(p + (k0 + j) * NP, (vf)t[j]);
+    }
+#endif
+    for (; k0 < kp; k0 += 16)
       for (int j = 0; j < 16; ++j) {
         float* p = b + (n0 + j) / NP * NP * kp + (n0 + j) % NP;
         for (int64_t kk = k0; kk < kp && kk < k0 + 16; ++kk) p[kk * NP] = rows[j][kk];
@@ -58,33 +67,58 @@ struct EngineF32 {
   static const Elem* panel(const Elem* b, int64_t k, int64_t j, int64_t k0) { return b + j * NP * pad_k(k) + k0 * NP; }
 
   // C has leading dimension NP and round_up(m, MR) rows; b comes from panel(); kb is the packed depth of A.
-  // The depth is cut into slices whose sums are added to C: B's slice stays in the first-level cache, and rounding
-  // errors grow with the slice, not with the whole depth.
+  // The depth is cut into slices whose sums are added to C: rounding errors grow with the slice, not with the depth.
+  static constexpr int64_t SLICE = 256;
   static void gemm(const Elem* a, int64_t kb, int64_t m, const Elem* b, int64_t, float* c, bool accumulate) {
     const int64_t kp = pad_k(kb);
-    for (int64_t k0 = 0; k0 < kp; k0 += 256) {
-      const int64_t depth = kp - k0 < 256 ? kp - k0 : 256;
-      for (int64_t i = 0; i < m; i += MR) tile(a + i * kp + k0, kp, b + k0 * NP, depth, c + i * NP, accumulate || k0 > 0);
+    for (int64_t k0 = 0; k0 < kp; k0 += SLICE) {
+      const int64_t depth = kp - k0 < SLICE ? kp - k0 : SLICE;
+      for (int64_t i = 0; i < m; i += MR) tile<MR, NV>(a + i * kp + k0, kp, 1, b + k0 * NP, NP, depth, c + i * NP, NP, accumulate || k0 > 0);
     }
     if (kp == 0 && !accumulate) memset(c, 0, round_up(m, MR) * NP * 4);
   }
-  static void tile(const float* __restrict a, int64_t lda, const float* __restrict b, int64_t depth, float* __restrict c, bool accumulate) {
-    vf acc[MR][NV] = {};
-    for (int64_t kk = 0; kk < depth; ++kk, b += NP, ++a) {
-      vf bv[NV];
+  // R rows, NVT vectors of columns: C (+)= A B with A[r, k] = a[r * row + k * col], B and C with leading dimensions
+  template <int R, int NVT>
+  static void tile(const float* __restrict a, int64_t row, int64_t col, const float* __restrict b, int64_t ldb, int64_t depth, float* __restrict c, int64_t ldc, bool accumulate) {
+    vf acc[R][NVT] = {};
+    for (int64_t kk = 0; kk < depth; ++kk, b += ldb, a += col) {
+      vf bv[NVT];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) bv[v] = load(b + v * VL);
+      for (int v = 0; v < NVT; ++v) bv[v] = load(b + v * VL);
 #pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) {
-        const vf av = splat(a[r * lda]);
+      for (int r = 0; r < R; ++r) {
+        const vf av = splat(a[r * row]);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] = fma(av, bv[v], acc[r][v]);
+        for (int v = 0; v < NVT; ++v) acc[r][v] = fma(av, bv[v], acc[r][v]);
       }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) store(c + r * NP + v * VL, accumulate ? load(c + r * NP + v * VL) + acc[r][v] : acc[r][v]);
+      for (int v = 0; v < NVT; ++v) {
+        float* p = c + r * ldc + v * VL;
+        store(p, accumulate ? load(p) + acc[r][v] : acc[r][v]);
+      }
+  }
+
+  // The same on plain matrices: A is read where it lies, nothing is packed, nothing behind row m is touched.
+  static constexpr bool DIRECT = VL == 16;
+  struct Left { const float* p; int64_t row, col; };
+  // C[m, NVT vectors] (+)= A[m, k] B[k, ...]
+  template <int R, int NVT> static void strip(Left a, int64_t m, const float* b, int64_t ldb, int64_t k, float* c, int64_t ldc, bool accumulate) {
+    for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += SLICE) {
+      const int64_t depth = k - k0 < SLICE ? k - k0 : SLICE;
+      const float* p = a.p + k0 * a.col;
+      const bool add = accumulate || k0 > 0;
+      int64_t i = 0;
+      for (; i + R <= m; i += R) tile<R, NVT>(p + i * a.row, a.row, a.col, b + k0 * ldb, ldb, depth, c + i * ldc, ldc, add);
+      for (; i + 4 <= m; i += 4) tile<4, NVT>(p + i * a.row, a.row, a.col, b + k0 * ldb, ldb, depth, c + i * ldc, ldc, add);
+      for (; i < m; ++i) tile<1, NVT>(p + i * a.row, a.row, a.col, b + k0 * ldb, ldb, depth, c + i * ldc, ldc, add);
+    }
+  }
+  // C[m, n] (+)= A[m, k] B with B packed in panels. C's panels lie `panel` floats apart, rows ldc: row-major is (ld, NP).
+  static void product(Left a, int64_t m, int64_t k, const Elem* b, int64_t n, float* c, int64_t ldc, int64_t panel, bool accumulate = false) {
+    for (int64_t j = 0; j * NP < n; ++j) strip<MR, NV>(a, m, b + j * NP * pad_k(k), NP, k, c + j * panel, ldc, accumulate);
   }
 };
 
