@@ -194,7 +194,7 @@ def small(limit):
 def spills(limit):
     """Registers and spills of what Triton compiled for this GPU; ahead of time all are 0 (tests/kernels)."""
     if not gpu():
-        return {"ok": None, "why": "no GPU: tests/kernels/test_adapter_aot.py reads them from ahead-of-time compiles"}
+        return {"ok": None, "why": "no GPU: tests/kernels/test_aot.py reads them from ahead-of-time compiles"}
     small(limit)
     from fastpetl.kernels import adapter_kernels
 

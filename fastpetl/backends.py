@@ -37,7 +37,7 @@ BACKENDS = {
     "adapter": ("cpp", "triton", "reference"),
     "linear": ("cpp", "onednn", "torch", "reference"),
     "attention": ("cpp", "torch", "reference"),
-    "residual_norm": ("cpp", "torch", "reference"),
+    "residual_norm": ("cpp", "triton", "torch", "reference"),
     "phm": ("cpp", "reference"),
 }
 _AUTO = {
@@ -46,6 +46,7 @@ _AUTO = {
     ("linear", "cpu"): ("cpp", "onednn", "torch"),
     ("attention", "cpu"): ("cpp", "reference", "torch"),
     ("residual_norm", "cpu"): ("cpp", "torch"),
+    ("residual_norm", "cuda"): ("triton", "torch"),
     ("phm", "cpu"): ("cpp", "reference"),
 }
 _ELSEWHERE = {  # devices without kernels of ours

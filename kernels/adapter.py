@@ -8,16 +8,14 @@ interpreter (TRITON_INTERPRET=1). `verify` says whether a call can be served, an
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import triton
 
-from . import adapter_config
+from . import adapter_config, launching
 from . import adapter_kernels as K
 from .adapter_config import Config
+from .launching import INTERPRETED
 
-INTERPRETED = not isinstance(K.forward_fused, triton.runtime.JITFunction)
 _KIND = {torch.float32: "float", torch.bfloat16: "half", torch.float16: "half"}
 _WIDEST = 1 << 22  # offsets inside a tile of 128 rows fit 32 bits
 DX, DW_DOWN, DB_DOWN, DW_UP, DB_UP, DNORM_WEIGHT, DNORM_BIAS = (1 << i for i in range(7))
@@ -72,7 +70,7 @@ def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1,
     stats = x.new_empty((rows, 2) if save and norm else (0,), dtype=torch.float32)
     if rows == 0:
         return y, z, stats
-    with _on_device(x):
+    with launching.on_device(x):
         down = w_down, b_down, None, norm_weight, norm_bias
         if norm and cfg.fold:
             down = _fold(w_down, b_down, norm_weight, norm_bias)
@@ -84,13 +82,13 @@ def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1,
         if cfg.split:
             z_buffer = z if save else x.new_empty(rows, r)
             grid = (tiles, triton.cdiv(r, cfg.r1))
-            _launch(K.forward_down, grid, x, *down, z_buffer, st, rows, float(eps),
+            launching.launch(K.forward_down, grid, x, *down, z_buffer, st, rows, float(eps),
                     BK=cfg.block_k, NORM=norm_kind, **opt)  # fmt: skip
             grid = (tiles, triton.cdiv(d, cfg.block_n))
-            _launch(K.forward_up, grid, z_buffer, x, w_up, b_up, res1, res2, y, rows, float(scale),
+            launching.launch(K.forward_up, grid, z_buffer, x, w_up, b_up, res1, res2, y, rows, float(scale),
                     BN=cfg.block_n, ACT=activation, ADD_X=bool(add_x), **opt)  # fmt: skip
         else:
-            _launch(K.forward_fused, (tiles,), x, *down, w_up, b_up, res1, res2, y, z if save else None, st,
+            launching.launch(K.forward_fused, (tiles,), x, *down, w_up, b_up, res1, res2, y, z if save else None, st,
                     rows, float(eps), float(scale), R2=cfg.r2, BK=cfg.block_k, BN=cfg.block_n, ACT=activation,
                     NORM=norm_kind, ADD_X=bool(add_x), **opt)  # fmt: skip
     return y, z, stats
@@ -113,7 +111,7 @@ def adapter_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, ad
          ("norm_weight", norm_weight, (d,)), ("norm_bias", norm_bias, (d,))),
     )  # fmt: skip
     if norm:
-        _check_one("adapter_backward", "stats", stats, (rows, 2), torch.float32, x.device)
+        launching.check_tensor("adapter_backward", "stats", stats, (rows, 2), torch.float32, x.device, "x and w_down")
     if norm_weight is None:
         needs &= ~(DNORM_WEIGHT | DNORM_BIAS)
     elif norm_bias is None:
@@ -131,7 +129,7 @@ def adapter_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, ad
         h = x.new_empty(rows, h_width)
     if needs & (DB_DOWN | DNORM_BIAS) or (needs & (DW_DOWN | DNORM_WEIGHT) and (qscale or norm_bias is not None)):
         part = x.new_empty(triton.cdiv(rows, cfg.block_m), 2 if qscale else 1, r, dtype=torch.float32)
-    with _on_device(x):
+    with launching.on_device(x):
         if rows and needs & ~DB_UP:
             st = stats if norm else None
             args = grad, x, z, st, w_down, w_up, norm_weight, dx, q, h, part, rows, float(scale)
@@ -148,15 +146,15 @@ def _backward_rows(cfg, args, shape, h_width, add_x):
     tiles = triton.cdiv(rows, cfg.block_m)
     opt = dict(num_warps=cfg.num_warps, num_stages=cfg.num_stages, NS=cfg.num_stages, BM=cfg.block_m, R1=cfg.r1)
     if not cfg.split:
-        _launch(K.backward_fused, (tiles,), *args, R2=cfg.r2, BK=cfg.block_k, BN=cfg.block_n, HLD=h_width, ADD_X=add_x,
-                **shape, **opt)  # fmt: skip
+        launching.launch(K.backward_fused, (tiles,), *args, R2=cfg.r2, BK=cfg.block_k, BN=cfg.block_n,
+                         HLD=h_width, ADD_X=add_x, **shape, **opt)  # fmt: skip
         return
     grid = (tiles, triton.cdiv(shape["R"], cfg.r1))
-    _launch(K.backward_dz, grid, grad, z, st, w_up, q, h, part, rows, scale,
+    launching.launch(K.backward_dz, grid, grad, z, st, w_up, q, h, part, rows, scale,
             BK=cfg.block_k, HLD=h_width, **shape, **opt)  # fmt: skip
     if dx is not None:
         shape = {k: v for k, v in shape.items() if k != "ACT"}
-        _launch(K.backward_dx, (tiles,), q, grad, x, st, w_down, norm_weight, dx, rows,
+        launching.launch(K.backward_dx, (tiles,), q, grad, x, st, w_down, norm_weight, dx, rows,
                 BN=cfg.block_n, ADD_X=add_x, **shape, **opt)  # fmt: skip
 
 
@@ -185,9 +183,9 @@ def _weight_gradients(grad, x, stats, q, h, sums, w_down, w_up, norm_weight, nor
     outputs = [t if t is not None and t.numel() else None for t in outputs]
     if any(t is not None for t in outputs):
         columns, bottleneck = adapter_config.WEIGHT_GRADS_TILE
-        _launch(K.weight_grads, (triton.cdiv(d, columns),), gd, gu, sums, w_down, norm_weight, norm_bias, *outputs,
-                float(scale), D=d, R=r, HLD=(r // 16 + 1) * 16, BD=columns, BR=bottleneck, QSCALE=qscale,
-                num_warps=4)  # fmt: skip
+        launching.launch(K.weight_grads, (triton.cdiv(d, columns),), gd, gu, sums, w_down, norm_weight, norm_bias,
+                         *outputs, float(scale), D=d, R=r, HLD=(r // 16 + 1) * 16, BD=columns, BR=bottleneck,
+                         QSCALE=qscale, num_warps=4)  # fmt: skip
     return dw_down, db_down, dw_up, db_up, dgamma, dbeta
 
 
@@ -207,44 +205,20 @@ def _fold(w_down, b_down, norm_weight, norm_bias):
     row_sums, bias = w_down.new_empty(2, r, dtype=torch.float32)
     rows, columns = adapter_config.FOLD_TILE
     columns = min(columns, adapter_config.power_of_two(d))
-    _launch(K.fold_weights, (triton.cdiv(r, rows),), w_down, b_down, norm_weight, norm_bias, folded, row_sums, bias,
-            D=d, R=r, BR=rows, BD=columns, num_warps=4)  # fmt: skip
+    launching.launch(K.fold_weights, (triton.cdiv(r, rows),), w_down, b_down, norm_weight, norm_bias, folded,
+                     row_sums, bias, D=d, R=r, BR=rows, BD=columns, num_warps=4)  # fmt: skip
     return folded, bias, row_sums, None, None
-
-
-def _launch(kernel, grid, *args, **options):
-    """Every launch goes through here: the ahead-of-time check replaces it."""
-    kernel[grid](*args, **options)
-
-
-def _on_device(x: torch.Tensor):
-    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
 
 
 def _sizes(function: str, x, w_down):
     for name, t in (("x", x), ("w_down", w_down)):
         if t.dim() != 2:
             raise ValueError(f"{function}: {name} has shape {tuple(t.shape)}, expected two dimensions")
-    if x.dtype not in _KIND:
-        raise ValueError(f"{function}: x has dtype {x.dtype}, expected float32, bfloat16 or float16")
-    if not x.is_contiguous():
-        raise ValueError(f"{function}: x has strides {x.stride()}, expected a contiguous tensor")
+    launching.check_matrix(function, "x", x)
     return *x.shape, w_down.shape[0]
 
 
 def _check(function: str, x, tensors):
     for name, t, shape in tensors:
         if t is not None:
-            _check_one(function, name, t, shape, x.dtype, x.device)
-
-
-def _check_one(function: str, name: str, t, shape, dtype, device):
-    """A kernel trusts its pointers: what does not match would be read out of bounds."""
-    if t.shape != shape:
-        raise ValueError(f"{function}: {name} has shape {tuple(t.shape)}, expected {shape} to match x and w_down")
-    if t.dtype != dtype:
-        raise ValueError(f"{function}: {name} has dtype {t.dtype}, expected {dtype}")
-    if t.device != device:
-        raise ValueError(f"{function}: {name} is on {t.device}, expected {device} like x")
-    if not t.is_contiguous():
-        raise ValueError(f"{function}: {name} has strides {t.stride()}, expected a contiguous tensor")
+            launching.check_tensor(function, name, t, shape, x.dtype, x.device, "x and w_down")

@@ -1,6 +1,6 @@
 """Which tile a launch of the adapter kernels uses: a table, looked up by element type, bottleneck and row count.
 
-Every entry is compiled ahead of time for sm_80, sm_90 and sm_100 by tests/kernels/test_adapter_aot.py, which checks
+Every entry is compiled ahead of time for sm_80, sm_90 and sm_100 by tests/kernels/test_aot.py, which checks
 shared memory and spills too: that a new entry builds and fits needs no GPU to be known. Speeds have not been measured:
 the entries follow a traffic model (each program reads all adapter weights from L2, hence large tiles for many rows; few
 rows want many short programs).

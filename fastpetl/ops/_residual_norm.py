@@ -1,4 +1,4 @@
-"""residual_norm on each backend: C++ and plain torch, behind one signature (that of the raw C++ ops)."""
+"""residual_norm on each backend: C++, Triton and plain torch, behind one signature (that of the raw C++ ops)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ def _launchers(name: str):
     if name == "cpp":
         ops = torch.ops.fastpetl
         return ops.cpu_residual_norm_forward.default, ops.cpu_residual_norm_backward.default
+    if name == "triton":
+        from fastpetl.kernels import residual_norm as kernels
+
+        return kernels.residual_norm_forward, kernels.residual_norm_backward
     return reference_forward, reference_backward
 
 

@@ -1,9 +1,9 @@
-"""Compiles the Triton adapter for GPUs that are not there, through its own launchers; reports what each kernel needs.
+"""Compiles the Triton kernels for GPUs that are not there, through their launchers; reports what each kernel needs.
 
-    python tests/kernels/aot_compile.py [--full] [--archs 80,90,100] [--workers 2]
+    python tests/kernels/aot_compile.py [--op adapter] [--full] [--archs 80,90,100] [--workers 2]
 
-One JSON line per compiled kernel: architecture, element type, bottleneck, rows, kernel, registers per thread, bytes of
-stack and of local memory, bytes of shared memory, and how often the tensor-core and local-memory instructions occur.
+One JSON line per compiled kernel: architecture, element type, sizes, kernel, registers per thread, bytes of stack and
+of local memory, bytes of shared memory, and how often the tensor-core and local-memory instructions occur.
 A fake driver answers Triton's questions about the GPU; every launch becomes `warmup`, which compiles exactly what the
 launch would run. Run as a process of its own: Triton decides at import whether it interprets or compiles.
 """
@@ -29,7 +29,7 @@ from triton.runtime.driver import driver  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fastpetl.kernels import adapter, adapter_config  # noqa: E402
+from fastpetl.kernels import adapter, adapter_config, launching, residual_norm  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "FFMA", "LDL", "STL", "LDGSTS")
@@ -78,47 +78,64 @@ def resources(compiled) -> dict:
     )
 
 
-def call_launchers(direction, dtype, d, r, rows, norm=True, activation=1, config=None):
-    """One forward or backward that asks for everything; meta tensors, for nothing is read."""
+# --- what is called: job -> nothing, every kernel of one call is launched ---------------------------------------------
 
-    def tensor(*shape, kind=dtype):
-        return torch.empty(*shape, dtype=kind, device="meta")
 
-    x, w_down, w_up = tensor(rows, d), tensor(r, d), tensor(d, r)
-    gamma, beta = (tensor(d), tensor(d)) if norm else (None, None)
+def meta(*shape, dtype):
+    return torch.empty(*shape, dtype=dtype, device="meta")  # nothing is read
+
+
+def call_adapter(direction, dtype, d, r, rows, norm=True, activation=1):
+    """One forward or backward that asks for everything."""
+    x, w_down, w_up = (meta(*shape, dtype=dtype) for shape in ((rows, d), (r, d), (d, r)))
+    gamma, beta = (meta(d, dtype=dtype), meta(d, dtype=dtype)) if norm else (None, None)
     if direction == "forward":
-        b_down, b_up = tensor(r), tensor(d)
-        args = x, w_down, b_down, w_up, b_up, gamma, beta, x, None, True, 1e-5, activation, 0.5, True
-        adapter.adapter_forward(*args, config=config)
+        b_down, b_up = meta(r, dtype=dtype), meta(d, dtype=dtype)
+        adapter.adapter_forward(x, w_down, b_down, w_up, b_up, gamma, beta, x, None, True, 1e-5, activation, 0.5, True)
     else:
-        z, stats = tensor(rows, r), tensor(rows, 2, kind=torch.float32)
-        args = x, x, z, stats, w_down, w_up, gamma, beta, True, activation, 0.5, 127
-        adapter.adapter_backward(*args, config=config)
+        z, stats = meta(rows, r, dtype=dtype), meta(rows, 2, dtype=torch.float32)
+        adapter.adapter_backward(x, x, z, stats, w_down, w_up, gamma, beta, True, activation, 0.5, 127)
+
+
+def call_residual_norm(direction, dtype, d, rows=1000, tail=1, dropout=0.1, mask=True, sublayer=True):
+    x, vector, stats = meta(rows, d, dtype=dtype), meta(d, dtype=dtype), meta(rows, 2, dtype=torch.float32)
+    weight, bias, f = vector if tail else None, vector if tail == 1 else None, x if sublayer else None
+    skipped, seed = meta(8, dtype=torch.bool) if mask else None, meta(1, dtype=torch.int64)
+    if direction == "forward":
+        emit = 3 if tail else 1
+        residual_norm.residual_norm_forward(x, f, weight, bias, skipped, seed, tail, emit, 1e-5, dropout, True)
+    else:
+        needs, g_n = 15 if tail == 1 else 7 if tail else 3, x if tail else None
+        residual_norm.residual_norm_backward(x, g_n, x, stats, weight, skipped, seed, tail, dropout, needs)
+
+
+CALLS = {"adapter": call_adapter, "residual_norm": call_residual_norm}
 
 
 def compile_job(job) -> list[dict]:
-    """All kernels one call launches. job: arch, dtype, direction, d, r, rows; optionally norm, activation, config."""
+    """All kernels one call launches. job: op, arch, dtype, and what the op's call above takes."""
     job = dict(job)
-    config = job.pop("config", None)
-    arch, name, direction, d, r, rows = (job.pop(k) for k in ("arch", "dtype", "direction", "d", "r", "rows"))
+    op, arch, name = (job.pop(k) for k in ("op", "arch", "dtype"))
     driver.set_active(FakeDriver(arch))
-    kind = "float" if name == "fp32" else "half"
-    config = config or adapter_config.select(kind, direction, d, r, rows)
     report = []
 
     def warmup(kernel, grid, *args, **options):
         kernel.device_caches.clear()  # they know devices by number, and ours changes its architecture
         start = time.time()
         compiled = kernel.warmup(*args, grid=grid, **options)
+        constants = {k: v for k, v in options.items() if isinstance(v, (int, bool))}
         report.append(
-            dict(arch=arch, dtype=name, kernel=kernel.__name__, d=d, r=r, rows=rows, config=config._asdict(), **job)
+            dict(op=op, arch=arch, dtype=name, kernel=kernel.__name__, constants=constants, **job)
             | dict(seconds=round(time.time() - start, 2))
             | resources(compiled)
         )
 
-    adapter._launch = warmup
-    call_launchers(direction, DTYPES[name], d, r, rows, config=config, **job)
+    launching.launch = warmup
+    CALLS[op](dtype=DTYPES[name], **job)
     return report
+
+
+# --- which calls ------------------------------------------------------------------------------------------------------
 
 
 def table_rows(kind, direction, r):
@@ -127,7 +144,7 @@ def table_rows(kind, direction, r):
     return [limit or 10**6 for limit in limits]
 
 
-def default_jobs(archs):
+def adapter_jobs(archs):
     """DAS's bottlenecks at ViLT's width (96, 192; 288 is split), fp32, fp16: what every run of the suite compiles."""
     for arch in archs:
         for dtype, r, rows in (("bf16", 96, 10**6), ("bf16", 192, 10**6), ("fp32", 96, 10**6), ("bf16", 96, 1000)):
@@ -138,7 +155,7 @@ def default_jobs(archs):
             yield dict(arch=90, dtype=dtype, direction=direction, d=768, r=r, rows=10**6)
 
 
-def full_jobs(archs):
+def all_adapter_jobs(archs):
     """Every entry of the table (fp16, which compiles like bf16: DAS's bottlenecks); odd widths; activations."""
     for arch in archs:
         for dtype in DTYPES:
@@ -152,14 +169,42 @@ def full_jobs(archs):
                     yield dict(arch=arch, dtype=dtype, direction=direction, d=768, r=96, rows=10**6) | extra
 
 
+def residual_norm_jobs(archs):
+    """ViLT's width with everything asked for; fp32 holds the most, an odd width draws a word for each element."""
+    for direction in ("forward", "backward"):
+        for arch in archs:
+            yield dict(arch=arch, dtype="bf16", direction=direction, d=768)
+        yield dict(arch=90, dtype="fp32", direction=direction, d=4096)
+        yield dict(arch=80, dtype="fp16", direction=direction, d=1130, tail=2)
+
+
+def all_residual_norm_jobs(archs):
+    """Every entry of both tables up to where rows spill, each tail, without dropout and mask, odd widths."""
+    for arch in archs:
+        for dtype in DTYPES:
+            for direction in ("forward", "backward"):
+                for d in (64, 200, 256, 760, 768, 1024, 1128, 1130, 2048, 4096, 8192):
+                    yield dict(arch=arch, dtype=dtype, direction=direction, d=d)
+                plain = dict(dropout=0.0, mask=False)
+                for extra in (dict(tail=2), dict(tail=0), plain, plain | dict(sublayer=False)):
+                    yield dict(arch=arch, dtype=dtype, direction=direction, d=768) | extra
+
+
+JOBS = {
+    "adapter": (adapter_jobs, all_adapter_jobs),
+    "residual_norm": (residual_norm_jobs, all_residual_norm_jobs),
+}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--op", choices=JOBS, default="adapter")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--archs", default="80,90,100")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args(argv)
     archs = [int(a) for a in args.archs.split(",")]
-    jobs = list((full_jobs if args.full else default_jobs)(archs))
+    jobs = [dict(op=args.op, **job) for job in JOBS[args.op][args.full](archs)]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with multiprocessing.get_context("spawn").Pool(args.workers) as pool:

@@ -12,7 +12,7 @@ from fastpetl import ops
 from fastpetl.spec import AdapterSpec
 from ops.op_cases import _cpu_isas, assert_two_times, using
 
-BACKENDS = ["reference", *_cpu_isas()]
+BACKENDS = ["reference", *_cpu_isas(), "triton"]
 VILT = AdapterSpec(64, 24, tail="layernorm", tail_eps=1e-6, emit="both")
 METER = AdapterSpec(64, 24, tail="layernorm", tail_eps=1e-12, emit="norm")
 METER_FFN = replace(METER, placement="after")

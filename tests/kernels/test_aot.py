@@ -1,4 +1,4 @@
-"""Every Triton adapter kernel compiles for GPUs that are not here, fits them, and uses their tensor cores.
+"""Every Triton kernel compiles for GPUs that are not here, fits them, and uses their tensor cores where it multiplies.
 
 The compiler itself does not compare shared memory with a limit when no device is present; a launch would fail.
 """
@@ -19,6 +19,12 @@ PRODUCTS = ("forward_fused", "forward_down", "forward_up", "backward_fused", "ba
 # ptxas gives up a few registers of its own accord where that fits one more block on an SM (128 instead of 130 registers
 # for two blocks of 256 threads, say). That few bytes do not mean a tile too large: those spilled 176 and up.
 SPILL_LIMIT = 64
+
+
+KERNELS = {
+    "adapter": (*PRODUCTS, "fold_weights", "weight_grads"),
+    "residual_norm": ("forward", "backward", "sum_parts"),
+}
 
 
 def compile_all(*arguments):
@@ -51,7 +57,7 @@ def check(report, kernels):
 
 def test_das_configurations_compile_for_each_architecture():
     report = compile_all()
-    check(report, (*PRODUCTS, "fold_weights", "weight_grads"))
+    check(report, KERNELS["adapter"])
     # Hopper's and Blackwell's own matrix instructions appear from 64 rows on, which is what many rows get.
     for arch, name in ((90, "HGMMA"), (100, "UTCHMMA")):
         large = [k for k in report if k["arch"] == arch and k["rows"] == 10**6 and k["dtype"] != "fp32"]
@@ -59,9 +65,15 @@ def test_das_configurations_compile_for_each_architecture():
             assert k["kernel"] not in PRODUCTS or k["instructions"].get(name), k
 
 
+@pytest.mark.parametrize("op", [op for op in KERNELS if op != "adapter"])
+def test_a_few_configurations_of_each_op_compile(op):
+    check(compile_all("--op", op), KERNELS[op])
+
+
 @pytest.mark.slow
-def test_every_configuration_compiles_for_each_architecture():
-    check(compile_all("--full"), (*PRODUCTS, "fold_weights", "weight_grads"))
+@pytest.mark.parametrize("op", KERNELS)
+def test_every_configuration_compiles_for_each_architecture(op):
+    check(compile_all("--op", op, "--full"), KERNELS[op])
 
 
 def test_what_counts_as_a_complaint():
