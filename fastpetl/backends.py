@@ -38,7 +38,7 @@ BACKENDS = {
     "linear": ("cpp", "onednn", "torch", "reference"),
     "attention": ("cpp", "torch", "reference"),
     "residual_norm": ("cpp", "triton", "torch", "reference"),
-    "phm": ("cpp", "reference"),
+    "phm": ("cpp", "triton", "reference"),
 }
 _AUTO = {
     ("adapter", "cpu"): ("cpp", "reference"),
@@ -48,6 +48,7 @@ _AUTO = {
     ("residual_norm", "cpu"): ("cpp", "torch"),
     ("residual_norm", "cuda"): ("triton", "torch"),
     ("phm", "cpu"): ("cpp", "reference"),
+    ("phm", "cuda"): ("triton", "reference"),
 }
 _ELSEWHERE = {  # devices without kernels of ours
     "adapter": "reference",

@@ -30,6 +30,10 @@ def _launchers(name):
     if name == "cpp":
         ops = torch.ops.fastpetl
         return ops.cpu_phm_forward.default, ops.cpu_phm_backward.default
+    if name == "triton":
+        from fastpetl.kernels import phm as kernels
+
+        return kernels.phm_forward, kernels.phm_backward
     return reference_forward, reference_backward
 
 

@@ -29,7 +29,7 @@ from triton.runtime.driver import driver  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fastpetl.kernels import adapter, adapter_config, launching, residual_norm  # noqa: E402
+from fastpetl.kernels import adapter, adapter_config, launching, phm, residual_norm  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "FFMA", "LDL", "STL", "LDGSTS")
@@ -109,7 +109,15 @@ def call_residual_norm(direction, dtype, d, rows=1000, tail=1, dropout=0.1, mask
         residual_norm.residual_norm_backward(x, g_n, x, stats, weight, skipped, seed, tail, dropout, needs)
 
 
-CALLS = {"adapter": call_adapter, "residual_norm": call_residual_norm}
+def call_phm(direction, dtype, needs=3):
+    rules, weights = [meta(2, 2, 2, dtype=dtype)], [meta(2, *s, dtype=dtype) for s in ((384, 48), (48, 384))]
+    if direction == "forward":
+        phm.phm_forward(rules, weights)
+    else:
+        phm.phm_backward(meta(sum(2 * w.numel() for w in weights), dtype=dtype), rules, weights, needs)
+
+
+CALLS = {"adapter": call_adapter, "residual_norm": call_residual_norm, "phm": call_phm}
 
 
 def compile_job(job) -> list[dict]:
@@ -190,9 +198,25 @@ def all_residual_norm_jobs(archs):
                     yield dict(arch=arch, dtype=dtype, direction=direction, d=768) | extra
 
 
+def phm_jobs(archs):
+    for arch in archs:
+        yield dict(arch=arch, dtype="bf16", direction="forward")
+        yield dict(arch=arch, dtype="bf16", direction="backward")
+    yield dict(arch=90, dtype="fp32", direction="backward")
+
+
+def all_phm_jobs(archs):
+    """Sizes are data: there is nothing more to compile but dtypes and gradients that are not asked for."""
+    for arch in archs:
+        for dtype in DTYPES:
+            for job in (dict(direction="forward"), *(dict(direction="backward", needs=n) for n in (1, 2, 3))):
+                yield dict(arch=arch, dtype=dtype, **job)
+
+
 JOBS = {
     "adapter": (adapter_jobs, all_adapter_jobs),
     "residual_norm": (residual_norm_jobs, all_residual_norm_jobs),
+    "phm": (phm_jobs, all_phm_jobs),
 }
 
 

@@ -24,6 +24,7 @@ SPILL_LIMIT = 64
 KERNELS = {
     "adapter": (*PRODUCTS, "fold_weights", "weight_grads"),
     "residual_norm": ("forward", "backward", "sum_parts"),
+    "phm": ("forward", "backward", "sum_parts"),
 }
 
 

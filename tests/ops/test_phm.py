@@ -13,8 +13,8 @@ from torch.library import opcheck
 from fastpetl import ops
 from ops.op_cases import _cpu_isas, assert_two_times, using
 
-BACKENDS = ["reference", *_cpu_isas()]
-FUSED = ["cpp"]
+BACKENDS = ["reference", *_cpu_isas(), "triton"]
+FUSED = ["cpp", "triton"]
 # (n, in', out') of each layer of a call: a model's down and up projections, odd sizes, one layer, tiny ones
 CALLS = [
     [(2, 384, 48), (2, 48, 384)] * 2,
@@ -370,5 +370,5 @@ def test_bad_input_of_the_adapter():
         with pytest.raises(kind, match="^" + re.escape(message)):
             ops.phm_adapter(*arguments)
     assert ops.phm_adapter(X, *LOW).shape == X.shape
-    with pytest.raises(ValueError, match="phm: backend is 'cuda', expected auto, cpp, reference"):
+    with pytest.raises(ValueError, match="phm: backend is 'cuda', expected auto, cpp, triton, reference"):
         ops.phm_weight(R, W, backend="cuda")
