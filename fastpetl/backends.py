@@ -39,6 +39,7 @@ BACKENDS = {
     "attention": ("cpp", "torch", "reference"),
     "residual_norm": ("cpp", "triton", "torch", "reference"),
     "phm": ("cpp", "triton", "reference"),
+    "rows": ("triton", "reference"),
 }
 _AUTO = {
     ("adapter", "cpu"): ("cpp", "reference"),
@@ -49,6 +50,7 @@ _AUTO = {
     ("residual_norm", "cuda"): ("triton", "torch"),
     ("phm", "cpu"): ("cpp", "reference"),
     ("phm", "cuda"): ("triton", "reference"),
+    ("rows", "cuda"): ("triton", "reference"),
 }
 _ELSEWHERE = {  # devices without kernels of ours
     "adapter": "reference",
@@ -56,6 +58,7 @@ _ELSEWHERE = {  # devices without kernels of ours
     "attention": "torch",
     "residual_norm": "torch",
     "phm": "reference",
+    "rows": "reference",
 }
 _NAMES = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

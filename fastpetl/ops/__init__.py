@@ -1,7 +1,7 @@
 """Functional ops, each with its plain-torch reference beside it, which is the contract.
 
-adapter, linear, attention, residual_norm and phm_weights are registered ops (torch.ops.fastpetl); the others are
-composed of them.
+adapter, linear, attention, residual_norm, phm_weights and the rows are registered ops (torch.ops.fastpetl); the others
+are composed of them.
 """
 
 from ._cache import WeightCache

@@ -30,6 +30,7 @@ from triton.runtime.driver import driver  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from fastpetl.kernels import adapter, adapter_config, launching, phm, residual_norm  # noqa: E402
+from fastpetl.kernels import rows as row_kernels  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "FFMA", "LDL", "STL", "LDGSTS")
@@ -117,7 +118,17 @@ def call_phm(direction, dtype, needs=3):
         phm.phm_backward(meta(sum(2 * w.numel() for w in weights), dtype=dtype), rules, weights, needs)
 
 
-CALLS = {"adapter": call_adapter, "residual_norm": call_residual_norm, "phm": call_phm}
+def call_rows(dtype, d, count=True):
+    x, n = meta(64, d, dtype=dtype), 64
+    index, how_many = meta(n, dtype=torch.int64), meta(1, dtype=torch.int64) if count else None
+    row_kernels.gather(x, index, how_many)
+    row_kernels.gather_backward(x, index, how_many, n)
+    found = row_kernels.inverse(index, how_many, n)
+    row_kernels.merge(x, x, found)
+    row_kernels.merge(x, None, found)
+
+
+CALLS = {"adapter": call_adapter, "residual_norm": call_residual_norm, "phm": call_phm, "rows": call_rows}
 
 
 def compile_job(job) -> list[dict]:
@@ -213,10 +224,24 @@ def all_phm_jobs(archs):
                 yield dict(arch=arch, dtype=dtype, **job)
 
 
+def rows_jobs(archs):
+    for arch in archs:
+        yield dict(arch=arch, dtype="bf16", d=768)
+
+
+def all_rows_jobs(archs):
+    for arch in archs:
+        for dtype in DTYPES:
+            for d in (3, 48, 768, 142_080):
+                yield dict(arch=arch, dtype=dtype, d=d)
+            yield dict(arch=arch, dtype=dtype, d=768, count=False)
+
+
 JOBS = {
     "adapter": (adapter_jobs, all_adapter_jobs),
     "residual_norm": (residual_norm_jobs, all_residual_norm_jobs),
     "phm": (phm_jobs, all_phm_jobs),
+    "rows": (rows_jobs, all_rows_jobs),
 }
 
 

@@ -25,6 +25,7 @@ KERNELS = {
     "adapter": (*PRODUCTS, "fold_weights", "weight_grads"),
     "residual_norm": ("forward", "backward", "sum_parts"),
     "phm": ("forward", "backward", "sum_parts"),
+    "rows": ("gather", "invert", "merge", "sum_rows"),
 }
 
 
