@@ -108,13 +108,12 @@ def checks(limit):
     """Every case x dtype x backend by the two-times rule, in each setting."""
     import torch
 
-    from fastpetl import backends
     from fastpetl.bench import cases, ops
 
     device, rows = ("cuda" if gpu() else "cpu"), []
     for case in cases.CASES:
         for short, dtype in dtypes().items():
-            names = [n for n in backends.BACKENDS[case.op] if backends.verify(case.op, n, device, dtype)[0]]
+            names = serving(case, device, dtype)
             built = case.build(cases.TINY, cases.Maker(dtype, device, seed=3))
             grads = ops.cotangents(built)
             for name in names:
@@ -131,6 +130,14 @@ def checks(limit):
     if gpu() and torch.cuda.device_count() == 1:
         rows.append({"setting": "not the current device", "ok": True, "why": "one GPU: cannot be tried"})
     return rows
+
+
+def serving(case, device, dtype) -> list[str]:
+    """Semantics: the backends that serve the case; a site's must also be the adapter's."""
+    from fastpetl import backends
+
+    ops = {case.op, "adapter"} if case.name.startswith("site/") else {case.op}
+    return [n for n in backends.BACKENDS[case.op] if all(backends.verify(op, n, device, dtype)[0] for op in ops)]
 
 
 def settings() -> dict:
@@ -178,17 +185,29 @@ def sanitizer(limit):
 
 
 def small(limit):
-    """What compute-sanitizer looks at: one forward and backward of the adapter on each GPU backend."""
-    from fastpetl import backends
+    """What compute-sanitizer looks at: a forward and backward of each kind of kernel on each GPU backend."""
     from fastpetl.bench import cases, ops
 
     device = "cuda" if gpu() else "cpu"
-    case = next(c for c in cases.CASES if c.name == "adapter/r48")
-    built = case.build(cases.TINY, cases.Maker(dtypes()["fp16"], device, seed=3))
-    for name in backends.BACKENDS[case.op]:
-        if backends.verify(case.op, name, device, dtypes()["fp16"])[0]:
+    first = {case.op: case for case in reversed(cases.CASES)}  # one of each op
+    for case in first.values():
+        built = case.build(cases.TINY, cases.Maker(dtypes()["fp16"], device, seed=3))
+        for name in serving(case, device, dtypes()["fp16"]):
             ops.results(built.fused(name), built.inputs, ops.cotangents(built))
+    copied_rows(device)
     return {"ok": True}
+
+
+def copied_rows(device):
+    """Rows gathered and put back, which no case does."""
+    import torch
+
+    import fastpetl.ops
+
+    x = torch.randn(9, 40, device=device, dtype=dtypes()["fp16"], requires_grad=True)
+    index, count = torch.tensor([3, 0, 7], device=device), torch.tensor([2], device=device)
+    y = fastpetl.ops.gather_rows(x, index, count)
+    fastpetl.ops.scatter_rows(x, 2 * y, index, count).sum().backward()
 
 
 def spills(limit):
@@ -196,10 +215,10 @@ def spills(limit):
     if not gpu():
         return {"ok": None, "why": "no GPU: tests/kernels/test_aot.py reads them from ahead-of-time compiles"}
     small(limit)
-    from fastpetl.kernels import adapter_kernels
+    from fastpetl.kernels import adapter_kernels, phm_kernels, residual_norm_kernels, rows_kernels
 
-    found = []
-    for name, kernel in vars(adapter_kernels).items():
+    found, modules = [], (adapter_kernels, residual_norm_kernels, phm_kernels, rows_kernels)
+    for name, kernel in ((f"{m.__name__}.{n}", k) for m in modules for n, k in vars(m).items()):
         for caches in getattr(kernel, "device_caches", {}).values():
             for compiled in getattr(caches[0], "values", list)():
                 found.append({"kernel": name, "registers": compiled.n_regs, "spills": compiled.n_spills})
