@@ -12,6 +12,7 @@ a temporary folder and say so.
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -353,11 +354,19 @@ def main() -> int:
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if args.stage:
+        correct_interpreter()
         value = globals()[args.stage](STAGES.get(args.stage, 60))
         if out := os.environ.get("FASTPETL_SUITE_OUT"):
             Path(out).write_text(json.dumps(value))
         return 0
     return drive(args)
+
+
+def correct_interpreter():
+    """Where Triton interprets, bf16 is right only with what the tests correct."""
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        sys.path.append(str(ROOT / "tests"))
+        importlib.import_module("interp_patch")
 
 
 def drive(args) -> int:
