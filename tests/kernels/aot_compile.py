@@ -247,13 +247,13 @@ JOBS = {
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=JOBS, default="adapter")
+    parser.add_argument("--op", default="adapter", help=f"of {', '.join(JOBS)}; several with commas")
     parser.add_argument("--full", action="store_true")
     parser.add_argument("--archs", default="80,90,100")
     parser.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1))
     args = parser.parse_args(argv)
     archs = [int(a) for a in args.archs.split(",")]
-    jobs = [dict(op=args.op, **job) for job in JOBS[args.op][args.full](archs)]
+    jobs = [dict(op=op, **job) for op in args.op.split(",") for job in JOBS[op][args.full](archs)]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         with multiprocessing.get_context("spawn").Pool(args.workers) as pool:

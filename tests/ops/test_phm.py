@@ -43,8 +43,10 @@ def results(function, rules, weights, cotangents, shared):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("calls", CALLS, ids=lambda c: "-".join(map(str, c[0])))
-@pytest.mark.parametrize("label", BACKENDS)
+# Triton's interpreter takes seconds for n = 8: n^3 sums in each program
+@pytest.mark.parametrize(
+    "label, calls", [(b, c) for b in BACKENDS for c in CALLS if b != "triton" or c[0][0] < 8], ids=lambda v: str(v)[:16]
+)
 def test_weights_against_float64(label, calls, dtype):
     shared = len(calls) == 3
     rules, weights = draw(calls, shared, dtype)
