@@ -56,8 +56,9 @@ template <class E>
 static void multiply(const typename E::Elem* a, int64_t k, int64_t m, const typename E::Elem* b, int64_t n, float* c, bool accumulate = false) {
   for (int64_t j = 0; j * E::NP < n; ++j) E::gemm(a, k, m, E::panel(b, k, j, 0), k, c + j * panel_size<E>(m), accumulate);
 }
-// its row i up to the panel's end; behind n there are the zeros that B was padded with
+// its row i up to the panel's end or, if that is farther, to where put_a_row reads a row of n; behind n there are zeros
 template <class E> FP_INLINE void gather_row(const float* c, int64_t m, int64_t i, float* row, int64_t n) {
+  for (int64_t j = round_up(n, E::NP); j < E::pad_k(n); j += VL) store(row + j, vf{});
   for (int64_t j = 0; j < n; j += E::NP) {
     const float* p = c + j / E::NP * panel_size<E>(m) + i * E::NP;
     for (int v = 0; v < E::NP; v += VL) store(row + j + v, load(p + v));

@@ -62,3 +62,14 @@ def test_the_same_bits_for_any_number_of_threads(isa, dtype):
         torch.set_num_threads(threads)
         for i, (a, b) in enumerate(zip(_everything(dtype), expected, strict=True)):
             assert torch.equal(a, b), (threads, i)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_infinite_row_stays_alone(isa, dtype):
+    """At r = 48 the dot-product engine reads 64 of the bottleneck's row: what lies there must not be another row's."""
+    x, wd, wu = (torch.randn(shape).to(dtype) for shape in ((5, 80), (48, 80), (80, 48)))
+    x[4, 48:64] = float("inf")
+    y, z, stats = ops.cpu_adapter_forward(x, wd, None, wu, None, None, None, None, None, True, 0.0, 1, 1.0, True)
+    dx = ops.cpu_adapter_backward(x, x, z, stats, wd, wu, None, None, True, 1, 1.0, 1)[0]
+    assert y[:4].isfinite().all() and dx[:4].isfinite().all()
+    assert not y[4].isfinite().all()
