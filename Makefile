@@ -22,7 +22,7 @@ PY := $(VENV)/bin/python
 SETUP := $(VENV)/.ready
 endif
 
-.PHONY: test demo build bench lint
+.PHONY: test demo build bench lint sanitize
 test: build
 	$(PY) -m pytest -q tests -m "not slow"
 
@@ -34,6 +34,10 @@ bench: build
 
 build: $(SETUP)
 	$(PY) setup.py -q build_ext --inplace
+
+# the C++ kernels, and the op tests on them, under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: $(SETUP)
+	$(PY) -m pytest -q tests/build/test_sanitizers.py
 
 lint: $(SETUP)
 	$(PY) -m ruff check .

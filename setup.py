@@ -6,6 +6,8 @@ GPU nor a CUDA build of torch is needed to compile, link and load it. Without a 
     FASTPETL_CUDA=auto|0|1        compile csrc/cuda (default auto: when an nvcc is found)
     FASTPETL_CUDA_ARCH_LIST=...   default "80;90a;100a"; "90+PTX" embeds PTX as well
     FASTPETL_REQUIRE_EXT=1        fail instead of installing without fastpetl._C
+    FASTPETL_SANITIZE=...         sanitizers of the C++ code, e.g. address,undefined; give such a build a --build-base of its
+                                  own (tests/build/test_sanitizers.py)
     FASTPETL_TORCH_DIR=...        torch package whose headers to use (default: the torch of this environment)
     CXX, CUDA_HOME, MAX_JOBS      as usual
 """
@@ -108,6 +110,11 @@ def x86_flags_work(cxx):
     return False
 
 
+def sanitizer_flags(names):
+    """A finding ends the process. vptr checks would need the type information of torch's classes."""
+    return f"-O1 -g1 -fsanitize={names} -fno-sanitize=vptr -fno-sanitize-recover=all" if names else ""
+
+
 def write_if_changed(path, text):
     if not path.exists() or path.read_text() != text:
         path.write_text(text)
@@ -179,11 +186,12 @@ def ninja_file(ext, out, tmp, cxx, torch_dir, cuda, archs):
     # pybind11's headers without torch's: torch 2.11 ships a pybind11 that refuses TORCH_TARGET_VERSION
     pybind = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
     libs = f"-L{torch_dir / 'lib'} -ltorch_cpu"
+    checked = sanitizer_flags(os.environ.get("FASTPETL_SANITIZE"))
     lines = [
         "ninja_required_version = 1.5",
-        f"rule cxx\n  command = {cxx} -MMD -MF $out.d {BASE_FLAGS} {defines} {include} $flags -c $in -o $out",
+        f"rule cxx\n  command = {cxx} -MMD -MF $out.d {BASE_FLAGS} {checked} {defines} {include} $flags -c $in -o $out",
         "  description = c++ $in\n  depfile = $out.d\n  deps = gcc",
-        f"rule link\n  command = {cxx} -shared $in -o $out $libs\n  description = link $out",
+        f"rule link\n  command = {cxx} -shared {checked} $in -o $out $libs\n  description = link $out",
     ]
     if cuda:
         nvcc = f"{cuda / 'bin/nvcc'} -MD -MF $out.d -O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden"

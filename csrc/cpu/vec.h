@@ -290,6 +290,12 @@ static void* scratch(int slot, size_t bytes) {
   struct Buf { void* p = nullptr; size_t n = 0; ~Buf() { free(p); } };
   static thread_local Buf bufs[16];
   Buf& b = bufs[slot];
+#if defined(__SANITIZE_ADDRESS__)  // exact and new each time: reading behind it, or what an earlier call left, shows
+  free(b.p);
+  if (posix_memalign(&b.p, 64, bytes)) abort();
+  memset(b.p, 0xff, b.n = bytes);
+  return b.p;
+#endif
   if (b.n < bytes) {
     free(b.p);
     b.n = 0;
