@@ -6,7 +6,10 @@ import fastpetl._C as C
 import pytest
 import torch
 
+from fastpetl import ops as functional
+
 ops = torch.ops.fastpetl
+DTYPES = [torch.float32, torch.bfloat16]
 
 
 @pytest.fixture(params=C.cpu_isas())
@@ -51,20 +54,85 @@ def _everything(dtype):
     qkv = draw(3, 130, 3 * 4 * 32)
     out, lse = ops.cpu_attention_forward(qkv, None, 4, 0.2, True)
     dqkv = ops.cpu_attention_backward(out, qkv, None, out, lse, 4, 0.2)
-    return [y, z, stats, *grads, h, lstats, dh, out, lse, dqkv]
+    mask, seed = torch.arange(600) % 3 == 0, torch.tensor(11)
+    norm = []
+    for tail in (1, 2):
+        s, n, rstats = ops.cpu_residual_norm_forward(x, g, gamma, None, mask, seed, tail, 3, 1e-5, 0.25, True)
+        norm += [s, n, rstats, *ops.cpu_residual_norm_backward(g, n, s, rstats, gamma, mask, seed, tail, 0.25, 15)]
+    rule, ws = draw(4, 4, 4), [draw(4, 48, 70), draw(4, 19, 200)]
+    hs = ops.cpu_phm_forward([rule], ws)
+    phm = [hs, *ops.cpu_phm_backward(hs, [rule], ws, 3)]
+    return [y, z, stats, *grads, h, lstats, dh, out, lse, dqkv, *norm, *phm]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_for_any_number_of_threads(isa, dtype):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_same_bits_for_any_number_of_threads_and_in_every_run(isa, dtype):
     torch.set_num_threads(1)
     expected = _everything(dtype)
-    for threads in (2, 3, 7):
+    for threads in (1, 2, 3, 5):
         torch.set_num_threads(threads)
         for i, (a, b) in enumerate(zip(_everything(dtype), expected, strict=True)):
             assert torch.equal(a, b), (threads, i)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_element_is_written(isa, dtype):
+    """torch fills what it does not initialise with NaN; none may be left."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(3).isnan().all()
+        results = _everything(dtype)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for i, result in enumerate(results):
+        assert result.isfinite().all(), i
+
+
+FAR = 2**31 + 3  # elements: an offset that no int holds, in storage of which only the touched pages exist
+
+
+@pytest.fixture(scope="module")
+def far():
+    return torch.empty(2 * FAR + 2**20, dtype=torch.bfloat16)
+
+
+def _apart(far, like, offset, whole):
+    """`like`'s values in two halves FAR elements apart (whole: all of them behind FAR)."""
+    stride = like.stride()[0] if whole else FAR
+    view = far.as_strided(like.shape, (stride, *like.stride()[1:]), offset + (FAR if whole else 0))
+    view.copy_(like.detach())
+    return view.requires_grad_()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["behind", "across"])
+def test_tensors_beyond_two_to_the_31_elements(far, whole):
+    """Arguments and incoming gradients that lie far apart give the bits that small tensors give."""
+    d, r = 40, 8
+    x, g = torch.randn(2, 5, d).bfloat16(), torch.randn(2, 5, d).bfloat16()
+    wd, wu, gamma = torch.randn(r, d).bfloat16(), torch.randn(d, r).bfloat16(), torch.randn(d).bfloat16()
+    qkv, square = torch.randn(2, 5, 3 * d).bfloat16(), torch.randn(d, d).bfloat16()
+    calls = {
+        "adapter": lambda x, f: functional.adapter(
+            x, wd, None, wu, None, norm_weight=gamma, residuals=(x, f), backend="cpp"
+        ),
+        "linear": lambda x, f: functional.linear(x, square, norm=(gamma, gamma, 1e-5), backend="cpp") + f,
+        "residual_norm": lambda x, f: functional.residual_norm(x, f, weight=gamma, backend="cpp"),
+        "attention": lambda x, f: functional.attention(x, 2, backend="cpp"),
+    }
+    for name, call in calls.items():
+        first = qkv if name == "attention" else x
+        results = []
+        for place in (lambda t, at: t.clone().requires_grad_(), lambda t, at: _apart(far, t, at, whole)):
+            a, f, cotangent = place(first, 0), place(x, 10_000), place(g, 20_000).detach()
+            y = call(a, f)
+            y = y[0] if isinstance(y, tuple) else y
+            grads = torch.autograd.grad(y, [a, f], cotangent, allow_unused=name == "attention")
+            results.append([y.detach(), *(t for t in grads if t is not None)])
+        for i, (small, large) in enumerate(zip(*results, strict=True)):
+            assert torch.equal(small, large), (name, i)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_an_infinite_row_stays_alone(isa, dtype):
     """At r = 48 the dot-product engine reads 64 of the bottleneck's row: what lies there must not be another row's."""
     x, wd, wu = (torch.randn(shape).to(dtype) for shape in ((5, 80), (48, 80), (80, 48)))
