@@ -113,13 +113,13 @@ def heads(t: torch.Tensor, size: int) -> torch.Tensor:
     return t.unflatten(-1, (-1, size)).transpose(1, 2)
 
 
-def attend(q, k, v, mask, dropout: float) -> torch.Tensor:
-    """Semantics: softmax(q k^T / sqrt(d) + mask) v, [B, T, H * d]; q, k, v [B, H, T or S, d]. Dropout draws as the
-    probabilities' own would, which SDPA does not promise.
+def attend(q, k, v, mask, dropout: float, scale: float | None = None) -> torch.Tensor:
+    """Semantics: softmax(scale * q k^T + mask) v, [B, T, H * d]; q, k, v [B, H, T or S, d]; scale: None for
+    1 / sqrt(d). Dropout draws as the probabilities' own would, which SDPA does not promise.
     """
     if dropout == 0:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)
+    scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     scores = scores if mask is None else scores + mask
     return (F.dropout(scores.softmax(-1), dropout) @ v).transpose(1, 2).flatten(2)
 

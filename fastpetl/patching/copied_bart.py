@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from fastpetl.patching._copied import has, is_copied, mask, tasks
 from fastpetl.patching._seq2seq import attention_check, attention_note
 from fastpetl.patching.registry import CopiedRule
 
@@ -13,29 +14,20 @@ _PROJECTIONS = {"q_proj", "k_proj", "v_proj", "out_proj"}
 _LAYER = {"self_attn", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm"}
 
 
-def _copied(module) -> bool:
-    """Ours and transformers' own have rules of their own."""
-    return not type(module).__module__.startswith(("fastpetl.", "transformers."))
-
-
-def _has(module, name: str) -> bool:
-    return name in module.__dict__ or name in module._modules
-
-
 def _looks_controller(module) -> bool:
     return isinstance(module._modules.get("adapters"), nn.ModuleDict) and (
-        _copied(module) and "add_layer_norm_before_adapter" in module.__dict__
+        is_copied(module) and "add_layer_norm_before_adapter" in module.__dict__
     )
 
 
 def _looks_attention(module) -> bool:
-    return module._modules.keys() == _PROJECTIONS and "is_decoder" in module.__dict__ and _copied(module)
+    return module._modules.keys() == _PROJECTIONS and "is_decoder" in module.__dict__ and is_copied(module)
 
 
 def _looks_layer(module, cross: bool) -> bool:
     names = module._modules.keys()
     adapter = "self_attn_adapter" if cross else "attn_adapter"
-    return _LAYER <= names and ("encoder_attn" in names) == cross and _has(module, adapter) and _copied(module)
+    return _LAYER <= names and ("encoder_attn" in names) == cross and has(module, adapter) and is_copied(module)
 
 
 def _check_controller(controller) -> str | None:
@@ -72,9 +64,7 @@ def _draw(module, *lengths: int) -> list[torch.Tensor]:
 
 
 def _mask(x, keys: int) -> torch.Tensor:
-    mask = torch.zeros(2, 1, x.shape[1], keys, device=x.device)
-    mask[0, ..., keys - 2 :] = torch.finfo(torch.float32).min
-    return mask
+    return mask(2, x.shape[1], keys, x.device)
 
 
 def _probe_controller(controller):
@@ -97,21 +87,15 @@ def _probe_attention(attention):
         yield (x, source), {"past_key_value": past}
 
 
-def _tasks(layer) -> list:
-    return next(
-        (list(m.adapters) for m in layer.children() if isinstance(getattr(m, "adapters", None), nn.ModuleDict)), [None]
-    )
-
-
 def _probe_encoder(layer):
     (x,) = _draw(layer, 5)
-    for task in _tasks(layer):
+    for task in tasks(layer):
         yield (x, _mask(x, 5)), {"task": task}
 
 
 def _probe_decoder(layer):
     x, source = _draw(layer, 5, 4)
-    for task in _tasks(layer):
+    for task in tasks(layer):
         yield (x, _mask(x, 5), source, _mask(x, 4)), {"task": task}
     yield (x,), {"task": task, "use_cache": False}
     attention = layer.self_attn
