@@ -61,7 +61,9 @@ def adapter_reason(adapter: nn.Module) -> str | None:
 
 
 class CopiedAdapterController(Fused):
-    """Semantics: y = x + post(U_task(pre(x))), U a bottleneck adapter; pre and post LayerNorms where it has them."""
+    """Semantics: y = x + post(g * U_task(pre(x))), U a bottleneck adapter; pre and post LayerNorms and a gate g where
+    it has them.
+    """
 
     def forward(self, inputs, task):
         adapter = self.adapters._modules.get(task)
@@ -77,7 +79,7 @@ class CopiedAdapterController(Fused):
         from fastpetl import ops
 
         pre, post = self._modules.get("pre_layer_norm"), self._modules.get("post_layer_norm")
-        down, up = adapter.down_sampler, adapter.up_sampler
+        down, up, gate = adapter.down_sampler, adapter.up_sampler, adapter._parameters.get("gate")  # CLIP-ViL's gate
         h = ops.adapter(
             inputs,
             *(down.weight, down.bias, up.weight, up.bias),
@@ -85,11 +87,12 @@ class CopiedAdapterController(Fused):
             norm_bias=None if pre is None else pre.bias,
             eps=1e-5 if pre is None else pre.eps,
             activation=activation_name(adapter.activation),
-            residuals=(inputs,) if post is None else (),
+            residuals=(inputs,) if post is None and gate is None else (),
             backend=self._op("adapter"),
         )
+        h = h if gate is None else gate * h
         if post is None:
-            return h
+            return h if gate is None else h + inputs
         return F.layer_norm(h, post.normalized_shape, post.weight, post.bias, post.eps) + inputs
 
 

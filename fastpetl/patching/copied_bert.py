@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from fastpetl.patching._copied import is_copied
 from fastpetl.patching._seq2seq import attention_check, attention_note
+from fastpetl.patching.copied_lxmert import routed_output
 from fastpetl.patching.registry import CopiedRule
 
 _NN = "fastpetl.nn.copied_bert"
@@ -18,7 +20,7 @@ def _looks_attention(module) -> bool:
 
 
 def _looks_output(module) -> bool:
-    return module._modules.keys() - {"adapter"} == _OUTPUT and not type(module).__module__.startswith("transformers.")
+    return module._modules.keys() - {"adapter"} == _OUTPUT and is_copied(module) and not routed_output(module)
 
 
 def _check_attention(attention) -> str | None:
