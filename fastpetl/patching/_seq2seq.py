@@ -1,4 +1,4 @@
-"""What the encoder-decoder families, BART and T5, answer alike: VL-Adapter's adapters go on, nothing is skipped."""
+"""What the encoder-decoder families, BART and T5, answer alike: where VL-Adapter's adapters go."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import inspect
 import sys
 
 from torch import nn
+
+from fastpetl.patching._seq2seq_skip import SkipsSeq2Seq
 
 
 def original_signature(module: str, name: str, expected: dict) -> str | None:
@@ -35,7 +37,7 @@ def attention_note(attention) -> str:
     return ""
 
 
-class Seq2SeqFamily:
+class Seq2SeqFamily(SkipsSeq2Seq):
     """A family whose host is a model with an `encoder` and a `decoder`.
 
     A subclass names its transformers module, the classes of its hosts and, in order, of the layers that get adapters
@@ -145,7 +147,7 @@ class Seq2SeqFamily:
 
     def attach_prompt(self, host, config) -> None:
         """Semantics: the prompts' module on the encoder, which must be one that asks for them (VL-BART's, VL-T5's)."""
-        if "fastpetl.models" not in type(host.encoder).__module__:
+        if not any("fastpetl.models" in cls.__module__ for cls in type(host.encoder).__mro__):
             kind = f"{type(host.encoder).__module__}.{type(host.encoder).__qualname__}"
             raise ValueError(f"attach: the encoder is {kind}, expected VL-BART's or VL-T5's for prompts")
         like = next(host.parameters())
@@ -163,27 +165,6 @@ class Seq2SeqFamily:
                 del layer._modules[child]
             layer.__dict__.pop("_fastpetl_task", None)
             layer.__class__ = originals.get(type(layer), type(layer))
-
-    # --- skipping: not for these models
-
-    def n_blocks(self, host) -> int:
-        raise ValueError(f"skip: {self.name} layers cannot be skipped, expected one of the models DAS is about")
-
-    def blocks(self, model, host) -> list:
-        self.n_blocks(host)
-
-    def has_shortcut_adapters(self, host) -> bool:
-        return False
-
-    def get_skip(self, host):
-        return None, "identity"
-
-    def is_pruned(self, host) -> bool:
-        return False
-
-    def set_skip(self, host, values, shortcut) -> None:
-        if values is not None:
-            self.n_blocks(host)
 
     # --- the originals' checkpoints
 

@@ -71,6 +71,7 @@ class BartFamily(Seq2SeqFamily):
     module = _HF
     host_classes = ("BartModel",)
     trains_norms = True
+    layers = "layers"
     queries_and_values = ("q_proj", "v_proj")
     lora_layers = ("BartEncoderLayer", "BartDecoderLayer")
     ignored = ("encoder.version", "decoder.version", "position_ids")

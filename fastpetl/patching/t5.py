@@ -60,6 +60,7 @@ class T5Family(Seq2SeqFamily):
     module = _HF
     host_classes = ("T5Model", "T5ForConditionalGeneration")
     trains_norms = False
+    layers = "block"
     queries_and_values = ("q", "v")
     lora_layers = ("T5Block",)
     ignored = ("layer.1.EncDecAttention.relative_attention_bias.weight",)

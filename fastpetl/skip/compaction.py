@@ -16,10 +16,14 @@ def samples(x: torch.Tensor, policy, n_blocks: int, training: bool) -> Samples |
     sees how many samples keep each block and runs exactly these. Under torch.compile, or with policy.capacity, shapes
     do not depend on the mask: see `StaticSamples`.
     """
-    mask, scale = _masks(x, policy, n_blocks, training)
-    if torch.compiler.is_compiling() or policy.capacity is not None:
-        return StaticSamples(x, mask.to(x.device), scale, policy.capacity, policy.copies)
-    return Samples(x, mask, scale, policy.copies)
+    return stream(x, *decide(x, policy, n_blocks, training), policy.capacity, policy.copies)
+
+
+def stream(x, mask, scale=None, capacity: int | None = None, copies: int = 1) -> Samples | StaticSamples:
+    """Semantics: `samples` of a mask and scale that were decided before."""
+    if torch.compiler.is_compiling() or capacity is not None:
+        return StaticSamples(x, mask.to(x.device), scale, capacity, copies)
+    return Samples(x, mask, scale, copies)
 
 
 def streams(xs: tuple, policy, n_blocks: int, training: bool, *tensors) -> tuple:
@@ -27,20 +31,18 @@ def streams(xs: tuple, policy, n_blocks: int, training: bool, *tensors) -> tuple
     that read each other. The first of xs is what the policy sees. With copies everything, `tensors` [B, ...] or None
     too, is repeated at once: what one stream skips reaches all of the other.
     """
-    mask, scale = _masks(xs[0], policy, n_blocks, training)
+    mask, scale = decide(xs[0], policy, n_blocks, training)
     share, made = n_blocks // len(xs), []
     for k, x in enumerate(xs):
         x = _repeat(x, policy.copies) if policy.copies > 1 else x
         columns = slice(k * share, (k + 1) * share)
         own = mask[:, columns], None if scale is None else scale[:, columns]
-        if torch.compiler.is_compiling() or policy.capacity is not None:
-            made.append(StaticSamples(x, own[0].to(x.device), own[1], policy.capacity))
-        else:
-            made.append(Samples(x, *own))
+        made.append(stream(x, *own, policy.capacity))
     return made, *(t if t is None or policy.copies == 1 else _repeat(t, policy.copies) for t in tensors)
 
 
-def _masks(x, policy, n_blocks: int, training: bool):
+def decide(x, policy, n_blocks: int, training: bool):
+    """Semantics: the policy's (mask, scale) for what enters the first block, checked."""
     mask, scale = policy.masks(x, n_blocks, training)
     copies = policy.copies
     expected = (x.shape[0] * copies, n_blocks)
@@ -112,6 +114,13 @@ class Samples:
         if not _length(skip):
             return values if self._repeated else _repeat(values, self._copies)
         return _select(torch.cat([values, values.new_zeros(_length(skip), *values.shape[1:])]), self._restore[i])
+
+    def kept(self, i: int) -> torch.Tensor | None:
+        """Semantics: the samples that keep block i, None if all do."""
+        _, keep, skip = self._steps[i]
+        if not _length(skip):
+            return None
+        return torch.arange(*keep, device=self._parts[0].device) if isinstance(keep, tuple) else keep
 
     def _rows(self):
         kept, skipped = self._parts
@@ -186,6 +195,11 @@ def _length(index) -> int:
     return index[1] - index[0] if isinstance(index, tuple) else index.shape[0]
 
 
+def repeated(t: torch.Tensor, copies: int) -> torch.Tensor:
+    """Semantics: copy after copy of the whole batch."""
+    return t if copies == 1 else _repeat(t, copies)
+
+
 def _repeat(rows, copies):
     return rows.repeat(copies, *(1,) * (rows.dim() - 1))
 
@@ -238,6 +252,9 @@ class StaticSamples:
         raise ValueError(
             "skip: output_attentions of a block that part of the samples run, expected eager code and no capacity"
         )
+
+    def kept(self, i: int) -> None:
+        """Semantics: None: blocks see all samples; with capacity nobody needs to know whom."""
 
     def whole(self) -> torch.Tensor:
         return self._x
