@@ -13,8 +13,8 @@ from fastpetl.skip.policies import Candidates
 
 
 class Scorer:
-    """Semantics: loss(model(**inputs), targets) of every candidate in one pass over S copies of the batch; what comes
-    before the first block on which the candidates differ is computed once.
+    """Semantics: loss(model(**inputs), targets) of every candidate in one pass over S copies of the batch; two
+    candidates share the blocks up to the first on which they differ.
 
     batches(round) gives (inputs, targets) of the round's validation batch; inputs hold no labels. loss(outputs,
     targets) is a scalar; outputs are the model's, cut to one candidate's samples.

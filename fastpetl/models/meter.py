@@ -157,10 +157,10 @@ class MeterModel(MeterPreTrainedModel):
 
     def _fuse(self, x, y, mask, hidden=None, maps=None):
         skip, shortcut = self._fastpetl_skip
-        hidden = [] if hidden is None else hidden
-        hidden.append((x, y))
         if skip is not None and not isinstance(skip, tuple):
             return self._fuse_per_sample(x, y, mask, skip, shortcut, hidden)
+        hidden = [] if hidden is None else hidden
+        hidden.append((x, y))
         n = self.config.num_hidden_layers
         for i in range(n):
             new, seen = [], []
@@ -183,8 +183,10 @@ class MeterModel(MeterPreTrainedModel):
 
         n = self.config.num_hidden_layers
         pair, mask = streams((x, y), policy, 2 * n, self.training, mask)
+        if hidden is not None:
+            hidden.append((pair[0].whole(), pair[1].whole()))
         for i in range(n):
-            x, y = pair[0].whole(), pair[1].whole()
+            x, y = pair[0].before(), pair[1].before()
             for k, (other, masks) in enumerate(((y, (mask, None)), (x, (None, mask)))):
                 layer = self._layers(k)[i]
 
@@ -193,7 +195,8 @@ class MeterModel(MeterPreTrainedModel):
 
                 adapter = self._shortcuts(k)[i] if shortcut == "adapter" else nn.Identity()
                 pair[k].run(i, block, adapter, layer.parameters(), adapter.parameters())
-            hidden.append((pair[0].whole(), pair[1].whole()))
+            if hidden is not None:
+                hidden.append((pair[0].whole(), pair[1].whole()))
         return pair[0].whole(), pair[1].whole()
 
     def _layers(self, k: int) -> nn.ModuleList:

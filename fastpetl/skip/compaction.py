@@ -28,17 +28,18 @@ def stream(x, mask, scale=None, capacity: int | None = None, copies: int = 1) ->
 
 def streams(xs: tuple, policy, n_blocks: int, training: bool, *tensors) -> tuple:
     """Semantics: (one `samples` for each of xs, with its equal share of the blocks in order; *tensors), for streams
-    that read each other. The first of xs is what the policy sees. With copies everything, `tensors` [B, ...] or None
-    too, is repeated at once: what one stream skips reaches all of the other.
+    that read each other: block i of one sees the others' `before()`, what they held after block i - 1. The first of xs
+    is what the policy sees. Where shapes must not depend on the mask, `tensors` [B, ...] or None are repeated with xs.
     """
     mask, scale = decide(xs[0], policy, n_blocks, training)
-    share, made = n_blocks // len(xs), []
-    for k, x in enumerate(xs):
-        x = _repeat(x, policy.copies) if policy.copies > 1 else x
-        columns = slice(k * share, (k + 1) * share)
-        own = mask[:, columns], None if scale is None else scale[:, columns]
-        made.append(stream(x, *own, policy.capacity))
-    return made, *(t if t is None or policy.copies == 1 else _repeat(t, policy.copies) for t in tensors)
+    share, copies = n_blocks // len(xs), policy.copies
+    columns = [slice(k * share, (k + 1) * share) for k in range(len(xs))]
+    owns = [(mask[:, own], None if scale is None else scale[:, own]) for own in columns]
+    if torch.compiler.is_compiling() or policy.capacity is not None:
+        made = [stream(repeated(x, copies), *own, policy.capacity) for x, own in zip(xs, owns, strict=True)]
+        return made, *(t if t is None else repeated(t, copies) for t in tensors)
+    seen = [own[0] for own in owns]
+    return [Samples(x, *own, copies, seen) for x, own in zip(xs, owns, strict=True)], *tensors
 
 
 def decide(x, policy, n_blocks: int, training: bool):
@@ -58,29 +59,29 @@ class Samples:
     """Semantics: y[b] = shortcut(x)[b] if mask[b, i] else block(x)[b], for block i = 0, 1, ... in turn.
 
     Between blocks the samples lie in two parts, kept and skipped; they move only where the kept set changes, and
-    not at all while all or none are kept. With `copies` the batch is repeated as late as the first block on which
-    the copies disagree. scale [B, n_blocks]: x + scale * (block(x) - x) in place of block(x). A block nobody runs, or a
-    shortcut nobody takes, gives its parameters zero gradients, not None (DDP waits for them).
+    not at all while all or none are kept. With `copies` of the batch, the copies of a sample are one row until a block
+    on which they disagree: a tree, each distinct prefix of decisions computed once. scale [B, n_blocks]: x + scale *
+    (block(x) - x) in place of block(x). seen: the masks of all streams a block's input depends on, if not this one's
+    alone. A block nobody runs, or a shortcut nobody takes, gives its parameters zero gradients, not None (DDP waits
+    for them).
     """
 
-    def __init__(self, x, mask, scale=None, copies: int = 1):
-        self._parts, self._scale, self._copies = [x, x[:0]], scale, copies
-        self._steps, self._repeat_at, self._restore = _schedule(mask, copies, x.device)
-        self._batch, self._repeated, self._taken = mask.shape[0], copies == 1, {}
+    def __init__(self, x, mask, scale=None, copies: int = 1, seen=None):
+        self._parts, self._scale, self._at, self._taken = [x, x[:0]], scale, -1, {}
+        shared = copies > 1 and scale is None
+        self._steps, self._restore = _schedule(mask, seen or [mask], x.shape[0], shared, x.device)
 
     def run(self, i: int, block, shortcut, parameters: Iterable = (), shortcut_parameters: Iterable = ()) -> None:
         """Semantics: block i. block(rows, take) and shortcut(rows) give the new rows; `parameters` are what each
         trains.
         """
-        if i == self._repeat_at:
-            self._repeat()
-        move, keep, _ = self._steps[i]
-        if move is not None:
+        step = self._steps[i]
+        if step.move is not None:
             rows = self._rows()
-            self._parts = [_select(rows, index) for index in move]
+            self._parts = [_select(rows, index) for index in step.move]
         kept, skipped = self._parts
         if len(kept):
-            scale = None if self._scale is None else _select(self._scale[:, i], keep)
+            scale = None if self._scale is None else _select(self._scale[:, i], step.rows)
             kept = _scaled(kept, block(kept, lambda t: self.take(t, i)), scale)
         else:
             skipped = with_zero_gradients(skipped, parameters)
@@ -92,63 +93,77 @@ class Samples:
 
     def whole(self) -> torch.Tensor:
         """Semantics: all samples in their order, [B * copies, ...]."""
-        rows = self._rows()
-        if all(map(len, self._parts)):
-            rows = _select(rows, self._restore[self._at])
-        return rows if self._repeated else _repeat(rows, self._copies)
+        return _select(self._rows(), self._restore[self._at + 1])
 
-    def take(self, t: torch.Tensor | None, i: int) -> torch.Tensor | None:
-        """Semantics: the rows of t [B, ...] that belong to the samples keeping block i; once per set and tensor."""
-        if t is None or (t.shape[0] == 1 and self._batch > 1):
+    def before(self) -> Rows:
+        """Semantics: what is held now, to be `take`n by other streams' blocks."""
+        return Rows(self._rows(), self._restore[self._at + 1])
+
+    def take(self, t: torch.Tensor | Rows | None, i: int) -> torch.Tensor | None:
+        """Semantics: the rows of t [B, ...], or of another stream, that belong to the samples keeping block i; once per
+        set and tensor.
+        """
+        step = self._steps[i]
+        if isinstance(t, Rows):
+            return t.take(step.rows)
+        if t is None or t.shape[0] == 1:
             return t  # the same for every sample
-        keep = self._steps[i].keep
-        key = (id(t), keep if isinstance(keep, tuple) else id(keep))
+        key = (id(t), step.keep if isinstance(step.keep, tuple) else id(step.keep))
         if key not in self._taken:
-            rows = _repeat(t, self._copies) if self._repeated and self._copies > 1 else t
-            self._taken[key] = t, _mask_rows(rows, keep)
+            self._taken[key] = t, _mask_rows(t, step.keep)
         return self._taken[key][1]
 
     def on(self, i: int, values: torch.Tensor) -> torch.Tensor:
         """Semantics: values [kept, ...] of the samples that keep block i in the order of all, zeros for the others."""
-        keep, skip = self._steps[i][1:]
-        if not _length(skip):
-            return values if self._repeated else _repeat(values, self._copies)
-        return _select(torch.cat([values, values.new_zeros(_length(skip), *values.shape[1:])]), self._restore[i])
+        skipped = self._steps[i].skipped
+        if skipped:
+            values = torch.cat([values, values.new_zeros(skipped, *values.shape[1:])])
+        return _select(values, self._restore[i + 1])
 
     def kept(self, i: int) -> torch.Tensor | None:
-        """Semantics: the samples that keep block i, None if all do."""
-        _, keep, skip = self._steps[i]
-        if not _length(skip):
+        """Semantics: the samples that keep block i, None if all do, each once."""
+        step = self._steps[i]
+        if not step.skipped and isinstance(step.keep, tuple):
             return None
-        return torch.arange(*keep, device=self._parts[0].device) if isinstance(keep, tuple) else keep
+        return torch.arange(*step.keep, device=self._parts[0].device) if isinstance(step.keep, tuple) else step.keep
 
     def _rows(self):
         kept, skipped = self._parts
         return torch.cat(self._parts) if len(kept) and len(skipped) else (kept if len(kept) else skipped)
 
-    def _repeat(self):
-        self._parts, self._repeated = [_repeat(part, self._copies) for part in self._parts], True
+
+class Rows:
+    """What a stream held before a block, and where each sample lies in it."""
+
+    def __init__(self, rows: torch.Tensor, at):
+        self._held, self._at = rows, at
+
+    def take(self, samples) -> torch.Tensor:
+        if isinstance(self._at, tuple):  # sample s is row s
+            return _select(self._held, samples)
+        return self._held.index_select(0, _select(self._at, samples))
 
 
 class _Step(NamedTuple):
-    """Before a block: `move` is None, the parts stay, or where (kept, skipped) lie among the rows so far; `keep` and
-    `skip` are the samples. Each is (start, stop), consecutive ones, or an int64 tensor.
+    """Before a block: `move` is None, the parts stay, or where (kept, skipped) lie among the rows so far. Of the kept
+    ones `keep` are the samples and `rows` their rows of the mask; skipped: how many are. Indices are (start, stop),
+    consecutive ones, or an int64 tensor.
     """
 
     move: tuple | None
     keep: tuple | torch.Tensor
-    skip: tuple | torch.Tensor
+    rows: tuple | torch.Tensor
+    skipped: int
 
 
-def _schedule(mask, copies: int, device):
-    """(a _Step per block, the block before which the batch is repeated or None, where each sample lies after it).
+def _schedule(mask, seen, batch: int, shared: bool, device):
+    """(a _Step per block, where each row of the mask lies before the first block and after each).
 
-    All indices are views of one tensor: one transfer to the device.
+    Rows of one sample are one while all that was decided before, in every mask of `seen`, is the same. All indices are
+    views of one tensor: one transfer to the device.
     """
-    columns = [tuple(column) for column in mask.t().tolist()]
-    uniform = [all(column) or not any(column) for column in columns]
-    repeat_at = next((i for i, same in enumerate(uniform) if not same), None) if copies > 1 else None
-    before = mask.shape[0] // copies if copies > 1 else mask.shape[0]
+    columns, n = mask.t().tolist(), mask.shape[0]
+    decided = list(zip(*(one.t().tolist() for one in seen), strict=True)) if shared else []
     flat: list[int] = []
 
     def index(values):
@@ -157,22 +172,26 @@ def _schedule(mask, copies: int, device):
         flat.extend(values)
         return slice(len(flat) - len(values), len(flat))
 
-    steps, restore, previous, layout = [], [], None, list(range(before))
+    at = [row % batch for row in range(n)]
+    state, before = list(at), None
+    steps, restore = [], [index(at)]
     for i, column in enumerate(columns):
-        repeated = copies == 1 or (repeat_at is not None and i >= repeat_at)
-        n = len(column) if repeated else before
-        if i == repeat_at:
-            layout, previous = list(range(n)), None
-        if column == previous:
+        own, first = _numbered(zip(state, column, strict=True)) if shared else (range(n), range(n))
+        if before == (own, column):
             steps.append(_Step(None, *steps[-1][1:]))
             restore.append(restore[-1])
-            continue
-        keep, skip = [b for b in range(n) if not column[b]], [b for b in range(n) if column[b]]
-        row = {sample: r for r, sample in enumerate(layout)}
-        move = tuple(index([row[sample] for sample in part]) for part in (keep, skip))
-        layout, previous = keep + skip, column
-        steps.append(_Step(move, index(keep), index(skip)))
-        restore.append(index(sorted(range(n), key=layout.__getitem__)))
+        else:
+            keep, skip = ([e for e, row in enumerate(first) if column[row] == left] for left in (False, True))
+            move = tuple(index([at[first[e]] for e in part]) for part in (keep, skip))
+            kept = [first[e] for e in keep]
+            samples = index([row % batch for row in kept])
+            steps.append(_Step(move, samples, index(kept) if n > batch else samples, len(skip)))
+            place = {e: k for k, e in enumerate(keep + skip)}
+            at = [place[e] for e in own]
+            restore.append(index(at))
+        before = own, column
+        if shared:
+            state, _ = _numbered(zip(state, *decided[i], strict=True))
     tensor, views = torch.tensor(flat, dtype=torch.long).to(device), {}
 
     def view(part):
@@ -180,8 +199,24 @@ def _schedule(mask, copies: int, device):
             part = views.setdefault(part.start, tensor[part])
         return part
 
-    steps = [_Step(None if s.move is None else tuple(map(view, s.move)), view(s.keep), view(s.skip)) for s in steps]
-    return steps, repeat_at, [view(part) for part in restore]
+    steps = [
+        _Step(None if s.move is None else tuple(map(view, s.move)), view(s.keep), view(s.rows), s.skipped)
+        for s in steps
+    ]
+    return steps, [view(part) for part in restore]
+
+
+def _numbered(keys) -> tuple[list[int], list[int]]:
+    """(for each key the number of its kind, for each kind the first place it has)."""
+    numbers: dict = {}
+    first: list[int] = []
+    own = []
+    for place, key in enumerate(keys):
+        number = numbers.setdefault(key, len(first))
+        if number == len(first):
+            first.append(place)
+        own.append(number)
+    return own, first
 
 
 def _select(rows, index):
@@ -189,10 +224,6 @@ def _select(rows, index):
         start, stop = index
         return rows if stop - start == rows.shape[0] else rows[start:stop]
     return rows.index_select(0, index)
-
-
-def _length(index) -> int:
-    return index[1] - index[0] if isinstance(index, tuple) else index.shape[0]
 
 
 def repeated(t: torch.Tensor, copies: int) -> torch.Tensor:
@@ -252,6 +283,9 @@ class StaticSamples:
         raise ValueError(
             "skip: output_attentions of a block that part of the samples run, expected eager code and no capacity"
         )
+
+    def before(self) -> torch.Tensor:
+        return self._x
 
     def kept(self, i: int) -> None:
         """Semantics: None: blocks see all samples; with capacity nobody needs to know whom."""

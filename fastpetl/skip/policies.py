@@ -139,7 +139,7 @@ class Callback(Policy):
 class Candidates(Policy):
     """Semantics: S skip sets at once: the model's output has S times the batch, copy after copy, copy s with set s.
 
-    sets [S, n_blocks] bools. What comes before the first block on which they differ is computed once.
+    sets [S, n_blocks] bools. Two share a block as long as they agree: each distinct beginning is computed once.
     """
 
     def __init__(self, sets: torch.Tensor):

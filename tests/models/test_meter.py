@@ -269,6 +269,33 @@ def test_candidates_in_one_pass():
             torch.testing.assert_close(got[2 * i : 2 * i + 2], model(**given).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("patch", [False, True], ids=["eager", "patched"])
+def test_candidates_share_what_they_have_in_common(patch):
+    """Each distinct beginning once: a text layer is run again only where an earlier choice, of either stream, differs."""
+    model = fastpetl.patch(tiny()) if patch else tiny()
+    plans = [(2, 9), (2, 10), (2, 10, 5), (8, 3)]
+    sets = torch.tensor([fastpetl.SkipPlan(plan).mask(12) for plan in plans])
+    seen = {}
+    blocks = fastpetl.blocks(model)
+    for block in blocks:
+        layer = model.get_submodule(block.name)
+        layer.register_forward_pre_hook(lambda m, args, i=block.index: seen.__setitem__(i, len(args[0])))
+    given = inputs(3)
+    with skip.skip(model, skip.policies.Candidates(sets)):
+        logits = model(**given).logits
+    want = {}
+    for i in range(12):
+        depth = i % 6
+        beginnings = {
+            (tuple(row[:depth].tolist()), tuple(row[6 : 6 + depth].tolist())) for row in sets if not row[i]
+        }
+        want[i] = 3 * len(beginnings)
+    assert seen == want and sum(want.values()) < 3 * int((~sets).sum())
+    for row, got in zip(sets, logits.chunk(4), strict=True):
+        with skip.skip(model, row):
+            torch.testing.assert_close(got, model(**given).logits, rtol=1e-5, atol=1e-5)
+
+
 def test_prune_drops_what_never_runs(tmp_path):
     model, given = tiny(), inputs()
     plan = fastpetl.SkipPlan((1, 4, 7))

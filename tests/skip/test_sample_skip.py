@@ -371,6 +371,17 @@ def test_candidates_in_one_pass(patch):
     assert hidden is model.vilt.encoder
 
 
+def test_candidates_share_each_distinct_beginning():
+    model, seen = tiny_das(patch=True), []
+    sets = torch.tensor([[0, 1, 0, 0], [0, 1, 0, 1], [1, 1, 0, 0], [1, 0, 0, 0], [0, 1, 0, 1]]).bool()
+    for layer in model.vilt.encoder.layer:
+        layer.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    got = logits(model, policies.Candidates(sets))
+    assert seen == [5, 5, 3 * 5, 3 * 5]  # of five copies of five samples
+    for row, part in zip(sets, got.chunk(5), strict=True):
+        assert relative(part, logits(model, row.tolist())) <= 1e-6
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_any_mask_moves_every_sample_home(data):
