@@ -71,6 +71,8 @@ def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
         config.added(model, host, family)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(config.trainable(name))
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError(f"attach: {config} leaves nothing to train in {family.name}, expected one that does")
         model.__dict__[_KEY] = Attached(config, flags, frozenset(names) if patch else None)
         if patch:
             _patch(model, backend=backend)

@@ -10,6 +10,16 @@ SHARINGS = ("single", "half", "multiple")
 IMAGE_TASKS = ("vqa", "gqa", "nlvr", "caption")
 
 
+# The heads of task models, beside the backbone; and METER's towers.
+HEADS = {"classifier", "classification_head", "qa_outputs", "rank_output"}
+FROZEN = {"text_transformer", "vit_model"}
+
+
+def is_norm(parts: list[str]) -> bool:
+    """Semantics: is the parameter of this name, split at its dots, a norm's?"""
+    return len(parts) > 1 and "norm" in parts[-2].lower()
+
+
 @dataclass(frozen=True)
 class AdapterConfig:
     """Semantics: each sublayer's output f becomes f + U(act(D(f))) before dropout and residual, per task.
@@ -20,6 +30,7 @@ class AdapterConfig:
     down and after the up projection. cross_attention: adapters after cross-attention too. Trained are the adapters
     and, by flags, the visual embedding and the backbone's norms; train_norms None is what the paper's numbers come
     from: True for BART, False for T5 (whose norms the original code meant to train and left frozen).
+    train_head: a task head on the backbone (classifier, answers, ranks) trains too; METER's towers never do.
     """
 
     tasks: tuple[str, ...] = IMAGE_TASKS
@@ -33,6 +44,7 @@ class AdapterConfig:
     cross_attention: bool = True
     train_norms: bool | None = None
     train_visual: bool = True
+    train_head: bool = True
 
     method = "adapter"
     attaches = "adapter"  # how a family puts it on: attach_adapter
@@ -55,7 +67,7 @@ class AdapterConfig:
                 raise ValueError(f"AdapterConfig: {name} is {value!r}, expected an integer >= 1 or None")
         if self.bottleneck is not None and self.reduction_factor is not None:
             raise ValueError("AdapterConfig: bottleneck and reduction_factor are both given, expected one of them")
-        for name in ("norm_before", "norm_after", "cross_attention", "train_norms", "train_visual"):
+        for name in ("norm_before", "norm_after", "cross_attention", "train_norms", "train_visual", "train_head"):
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "train_norms" and value is None):
                 raise ValueError(f"AdapterConfig: {name} is {value!r}, expected True or False")
@@ -92,8 +104,12 @@ class AdapterConfig:
     def trainable(self, name: str) -> bool:
         """Semantics: does this configuration train the parameter of this name?"""
         parts = name.split(".")
+        if FROZEN & set(parts):
+            return False
+        if HEADS & set(parts):
+            return self.train_head
         if "visual_embedding" in parts:
             return self.train_visual and "obj_order_embedding" not in parts
         if any(part.endswith("_adapter") for part in parts):
             return True
-        return bool(self.train_norms) and parts[-2].endswith(("layer_norm", "layernorm_embedding"))
+        return bool(self.train_norms) and is_norm(parts)

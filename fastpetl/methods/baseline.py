@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fastpetl.methods.adapter import AdapterConfig
+from fastpetl.methods.adapter import FROZEN, HEADS, AdapterConfig, is_norm
 
 TRAINS = ("all", "visual", "norms", "biases")
 
@@ -12,7 +12,8 @@ TRAINS = ("all", "visual", "norms", "biases")
 @dataclass(frozen=True)
 class BaselineConfig(AdapterConfig):
     """Semantics: what trains is "all" (full fine-tuning), the "visual" embedding alone, it and the backbone's "norms",
-    or it and the "biases" (BitFit). Of AdapterConfig's fields none has a meaning here.
+    or it and the "biases" (BitFit). Of AdapterConfig's fields only train_head has a meaning
+    here.
     """
 
     train: str = "all"
@@ -31,5 +32,8 @@ class BaselineConfig(AdapterConfig):
         parts = name.split(".")
         if self.train == "all" or ("visual_embedding" in parts and "obj_order_embedding" not in parts):
             return True
-        norm = parts[-2:-1] and parts[-2].endswith(("layer_norm", "layernorm_embedding"))
-        return bool(norm) if self.train == "norms" else self.train == "biases" and parts[-1] == "bias"
+        if FROZEN & set(parts):
+            return False
+        if HEADS & set(parts):
+            return self.train_head
+        return is_norm(parts) if self.train == "norms" else self.train == "biases" and parts[-1] == "bias"

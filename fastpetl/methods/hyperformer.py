@@ -25,7 +25,7 @@ class HyperformerConfig(AdapterConfig):
     features: int = 8
     unified: bool = False
 
-    method = "hyperformer"
+    method, attaches = "hyperformer", "hyper"
 
     def __post_init__(self):
         super().__post_init__()

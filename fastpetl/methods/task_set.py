@@ -130,7 +130,7 @@ def _made(owner, holder, first, config, family, host, model):
             nn.init.zeros_(value)
         return nn.Parameter(value)
     like = next(first.parameters())
-    sizes = (family.hidden(host), family.std(host.config))
+    sizes = (getattr(owner, "hidden", None) or family.hidden(host), family.std(host.config))
     made = {"device": like.device, "dtype": like.dtype}
     if holder is owner._modules.get("prompts"):
         return config.controller(*sizes, **made).prompts[task].train(owner.training)

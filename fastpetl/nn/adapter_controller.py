@@ -68,7 +68,7 @@ class AdapterController(nn.Module):
     ):
         super().__init__()
         made = {"device": device, "dtype": dtype}
-        first = None
+        self.hidden, first = hidden, None
         self.adapters = nn.ModuleDict()
         for task in tasks:
             if first is not None and sharing == "single":

@@ -13,8 +13,8 @@ from transformers.models.bart import modeling_bart as hf
 from fastpetl.nn.bart_adapters import AdapterBartDecoderLayer, AdapterBartEncoderLayer
 from fastpetl.nn.inline import structure
 from fastpetl.nn.lora import LoRALinear, beside_others
-from fastpetl.nn.lora_layers import routed
 from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
+from fastpetl.nn.task_layers import routed
 
 _FEED_FORWARD = structure(fc1=nn.Linear, fc2=nn.Linear)
 LORA_PROJECTIONS = structure(k_proj=nn.Linear, out_proj=nn.Linear)  # LoRALinears are called, or merged
@@ -149,17 +149,17 @@ class FusedAdapterBartDecoderLayer(_FusedDecoder, AdapterBartDecoderLayer):
     """AdapterBartDecoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
 
 
-class FusedLoRABartEncoderLayer(_FusedEncoder, routed(hf.BartEncoderLayer)):
-    """LoRABartEncoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+class FusedTaskBartEncoderLayer(_FusedEncoder, routed(hf.BartEncoderLayer)):
+    """TaskBartEncoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
 
 
-class FusedLoRABartDecoderLayer(_FusedDecoder, routed(hf.BartDecoderLayer)):
-    """LoRABartDecoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+class FusedTaskBartDecoderLayer(_FusedDecoder, routed(hf.BartDecoderLayer)):
+    """TaskBartDecoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
 
 
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
 FusedBartAttention.__name__ = "BartAttention"
-for _cls in (FusedBartEncoderLayer, FusedAdapterBartEncoderLayer, FusedLoRABartEncoderLayer):
+for _cls in (FusedBartEncoderLayer, FusedAdapterBartEncoderLayer, FusedTaskBartEncoderLayer):
     _cls.__name__ = "BartEncoderLayer"
-for _cls in (FusedBartDecoderLayer, FusedAdapterBartDecoderLayer, FusedLoRABartDecoderLayer):
+for _cls in (FusedBartDecoderLayer, FusedAdapterBartDecoderLayer, FusedTaskBartDecoderLayer):
     _cls.__name__ = "BartDecoderLayer"

@@ -10,11 +10,13 @@ from torch import nn
 from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert as hf
 
+from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR
 from fastpetl.nn.inline import Inlined, structure
 from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
+from fastpetl.nn.task_layers import fused_routed
 
-PROJECTIONS = structure(query=nn.Linear, key=nn.Linear, value=nn.Linear)
-OUTPUT = structure(dense=nn.Linear, LayerNorm=nn.LayerNorm, dropout=nn.Dropout)
+PROJECTIONS = structure(query=LORA_LINEAR, key=nn.Linear, value=LORA_LINEAR)
+OUTPUT = structure(dense=OUTPUT_LINEAR, LayerNorm=nn.LayerNorm, dropout=nn.Dropout)
 
 
 class SelfAttention(Fused):
@@ -52,7 +54,7 @@ class CrossAttention(Fused):
             both = self._linear(source, self.key, self.value, slot="kv").chunk(2, -1)
             return [heads(t, size) for t in both]
 
-        q = heads(self._linear(x, self.query, slot="q"), size)
+        q = heads(self._one(x, self.query, "q"), size)
         k, v = cached_keys(self, past_key_values, source, keys)
         p = self.dropout.p if self.training else 0.0
         attend = interface(self, hf.eager_attention_forward)
@@ -104,6 +106,9 @@ def feed_forward(intermediate: type, output: type) -> tuple:
     return tuple(structure(intermediate=inner, output=outer) for inner in (called, inlined))
 
 
+TASK_LAYERS = ("BertLayer", "RobertaLayer")  # those methods with tasks are attached to
+
+
 def fuse(module: str, library, prefix: str, layers: tuple[str, ...]) -> dict[str, type]:
     """Semantics: the fused classes of a copy of BERT's modules, by name, for the namespace of `module`."""
     named = {
@@ -119,6 +124,8 @@ def fuse(module: str, library, prefix: str, layers: tuple[str, ...]) -> dict[str
             body["structures"] = parts
         # Same names as the originals: accelerate and others match modules by class name; pickle finds __qualname__.
         made[f"Fused{name}"] = type(name, (mixin, getattr(library, name)), body)
+        if mixin is FeedForward and name in TASK_LAYERS:
+            made[f"FusedTask{name}"] = fused_routed(module, mixin, getattr(library, name), structures=parts)
     return made
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from torch import nn
 from transformers.models.clip import modeling_clip as hf
 
+from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR
 from fastpetl.nn.inline import structure
 from fastpetl.nn.parts import Fused, exact_gelu, heads, interface
+from fastpetl.nn.task_layers import fused_routed
 
-PROJECTIONS = structure(q_proj=nn.Linear, k_proj=nn.Linear, v_proj=nn.Linear, out_proj=nn.Linear)
-MLP = structure(fc1=nn.Linear, fc2=nn.Linear)
+PROJECTIONS = structure(q_proj=LORA_LINEAR, k_proj=nn.Linear, v_proj=LORA_LINEAR, out_proj=OUTPUT_LINEAR)
+MLP = structure(fc1=nn.Linear, fc2=OUTPUT_LINEAR)
 NORMS = structure(layer_norm1=nn.LayerNorm, layer_norm2=nn.LayerNorm)
 
 
@@ -47,8 +49,8 @@ class FusedCLIPMLP(Fused, hf.CLIPMLP):
         return self._linear(self.activation_fn(h), self.fc2, slot="fc2")
 
 
-class FusedCLIPEncoderLayer(Fused, hf.CLIPEncoderLayer):
-    """CLIPEncoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+class _FusedLayer(Fused):
+    """Mixin of a fused CLIPEncoderLayer, before the original."""
 
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         x = hidden_states
@@ -61,6 +63,13 @@ class FusedCLIPEncoderLayer(Fused, hf.CLIPEncoderLayer):
         options = {"emit": "both", "backend": backend, "overwrite": not self.self_attn._forward_hooks}
         s, n = ops.residual_norm(x, f, norm.weight, norm.bias, eps=norm.eps, **options)
         return s + self.mlp(n)
+
+
+class FusedCLIPEncoderLayer(_FusedLayer, hf.CLIPEncoderLayer):
+    """CLIPEncoderLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+
+FusedTaskCLIPEncoderLayer = fused_routed(__name__, _FusedLayer, hf.CLIPEncoderLayer)
 
 
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.

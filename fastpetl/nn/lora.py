@@ -10,14 +10,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastpetl.nn.inline import HOOKS, call_reason, note_fallback
-from fastpetl.nn.tasks import TaskRouted, per_sample
+from fastpetl.nn.tasks import Told, per_sample
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(Told, nn.Linear):
     """Semantics: y = x W^T + b + scale * (drop(x) A_t^T) B_t^T for the task t; A_t [rank, in], B_t [out, rank].
 
     An nn.Linear with two more children, `lora_As` and `lora_Bs`, one entry per task; "single" is the same parameters
-    under all tasks' names. The task is that of the layer it is in (`LoRATask`).
+    under all tasks' names. The task is that of the layer it is in (`TellsTask`).
     """
 
     def add(self, tasks, rank: int, *, sharing: str, scale: float, dropout: float) -> None:
@@ -135,18 +135,3 @@ def beside_others(linears, x) -> bool:
 
 
 FusedLoRALinear.__name__ = LoRALinear.__name__  # accelerate and others match modules by class name
-
-
-class LoRATask(TaskRouted):
-    """Mixin of a layer with LoRALinears in it, before the original: tells them the task of this call, so that a layer
-    recomputed in the backward is that of its forward.
-    """
-
-    def forward(self, *args, task=None, **kwargs):
-        self._route(task)
-        return super().forward(*args, **kwargs)
-
-    def _route(self, task) -> None:
-        for module in self.modules():
-            if isinstance(module, LoRALinear):
-                module.__dict__["_fastpetl_current"] = task

@@ -9,6 +9,7 @@ from fastpetl.nn.bert import OUTPUT, FeedForward, feed_forward
 from fastpetl.nn.inline import structure
 from fastpetl.nn.meter import DASMeterCrossLayer, DASSelfOutput, MeterCrossLayer
 from fastpetl.nn.parts import Fused, drop
+from fastpetl.nn.task_layers import fused_routed
 
 DAS_OUTPUT = OUTPUT | structure(adapter=INLINED_ADAPTER)
 
@@ -17,6 +18,11 @@ class FusedMeterCrossLayer(FeedForward, MeterCrossLayer):
     """MeterCrossLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
 
     structures = feed_forward(hf.BridgeTowerIntermediate, hf.BridgeTowerOutput)
+
+
+FusedTaskMeterCrossLayer = fused_routed(
+    __name__, FeedForward, MeterCrossLayer, structures=FusedMeterCrossLayer.structures
+)
 
 
 class FusedDASMeterCrossLayer(FeedForward, DASMeterCrossLayer):

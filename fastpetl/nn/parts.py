@@ -10,8 +10,9 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastpetl.nn.adapted import AdaptedLinear
 from fastpetl.nn.inline import call_reason, note_fallback
-from fastpetl.nn.lora import FusedLoRALinear
+from fastpetl.nn.lora import FusedLoRALinear, beside_others
 
 
 class Fused:
@@ -30,16 +31,24 @@ class Fused:
     def _linear(self, x: torch.Tensor, *linears: nn.Linear, slot: str, activation: str | None = None) -> torch.Tensor:
         """Semantics: [linear_1(a(x)), linear_2(a(x)), ...] side by side, a = gelu (erf) or nothing. slot: the name of
         the cache for the packed weights; in inference only, where memory is at its lowest. Linears with LoRA are taken
-        merged: the caller has asked `lora.beside_others`.
+        merged where they can be, else called; an adapted linear's output is adapted.
         """
         from fastpetl import ops
 
+        if len(linears) > 1 and not all(type(linear) is nn.Linear or beside_others((linear,), x) for linear in linears):
+            return torch.cat([self._one(x, linear, f"{slot}{i}") for i, linear in enumerate(linears)], -1)
         weights = tuple(linear.merged() if type(linear) is FusedLoRALinear else linear.weight for linear in linears)
         biases = None if linears[0].bias is None else tuple(linear.bias for linear in linears)
         backend = self._op("linear")
         # x is ours where there is an activation: the linear before it made it.
         options = {"activation": activation, "backend": backend, "overwrite": activation is not None}
-        return ops.linear(x, weights, biases, cache=self._pack(slot), **options)
+        y = ops.linear(x, weights, biases, cache=self._pack(slot), **options)
+        return linears[0].adapted(y) if type(linears[0]) is AdaptedLinear else y
+
+    def _one(self, x, linear, slot: str) -> torch.Tensor:
+        """One of several linears that cannot be taken side by side, or a query that may have LoRA."""
+        plain = type(linear) is nn.Linear or beside_others((linear,), x)
+        return self._linear(x, linear, slot=slot) if plain else linear(x)
 
     def _op(self, name: str) -> str:
         from fastpetl.backends import for_op

@@ -20,6 +20,43 @@ class TaskRouted:
         return super().__call__(*args, task=self._fastpetl_task if task is None else task, **kwargs)
 
 
+class Told:
+    """Mixin of a module that is told the task by the layer it is in (`TellsTask`), not by its caller."""
+
+    _fastpetl_current: str | tuple[str, ...] | None = None
+
+
+_AS_BEFORE = object()
+
+
+class HearsTask:
+    """Mixin of a layer, before the original: tells the modules in it the task of this call, so that a layer recomputed
+    in the backward is that of its forward. A call that names no task (a fused forward's to the original) changes
+    nothing.
+    """
+
+    def forward(self, *args, task=_AS_BEFORE, **kwargs):
+        if task is not _AS_BEFORE:
+            self._route(task)
+        return super().forward(*args, **kwargs)
+
+    def _route(self, task) -> None:
+        for module in self.modules():
+            if isinstance(module, Told):
+                module.__dict__["_fastpetl_current"] = task
+
+
+class TellsTask(TaskRouted):
+    """`HearsTask` of a layer the task is set on; a class of its own, for both stand in one fused class."""
+
+    def forward(self, *args, task=_AS_BEFORE, **kwargs):
+        if task is not _AS_BEFORE:
+            self._route(task)
+        return super().forward(*args, **kwargs)
+
+    _route = HearsTask._route
+
+
 def per_sample(x: torch.Tensor, tasks, run) -> torch.Tensor:
     """Semantics: y[b] = run(x[b], tasks[b]), samples of one task in one call.
 

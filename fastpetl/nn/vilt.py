@@ -16,14 +16,17 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 from transformers.models.vilt import modeling_vilt
 
+from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR, AdaptedLinear
 from fastpetl.nn.adapter import INLINED_ADAPTER, fused_adapter
 from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure
+from fastpetl.nn.lora import FusedLoRALinear, beside_others
+from fastpetl.nn.task_layers import fused_routed
 from fastpetl.nn.vilt_das import DASViltLayer, SkipViltEncoder
 
 
 def _layer_structure(inline_activation: bool, **adapters: Inlined) -> dict[str, Inlined]:
-    dense_dropout = structure(dense=nn.Linear, dropout=nn.Dropout)
-    qkv = structure(query=nn.Linear, key=nn.Linear, value=nn.Linear, dropout=nn.Dropout)
+    dense_dropout = structure(dense=OUTPUT_LINEAR, dropout=nn.Dropout)
+    qkv = structure(query=LORA_LINEAR, key=nn.Linear, value=LORA_LINEAR, dropout=nn.Dropout)
     mlp = structure(dense=nn.Linear, **({"intermediate_act_fn": GELUActivation} if inline_activation else {}))
     return structure(
         attention=Inlined(
@@ -92,11 +95,16 @@ class _FusedBlock:
         linear = for_op("linear", self._fastpetl_backend)
         packs = self._packs()
         attention, proj, mlp, out = self.attention.attention, self.attention.output, self.intermediate, self.output
-        qkv = _side_by_side(attention.query, attention.key, attention.value)
-        h = ops.linear(x, *qkv, norm=_norm(self.layernorm_before), backend=linear, cache=packs[0])
+        qkv = (attention.query, attention.key, attention.value)
+        if all(type(one) is nn.Linear or beside_others((one,), x) for one in qkv):
+            norm = _norm(self.layernorm_before)
+            h = ops.linear(x, *_side_by_side(*qkv), norm=norm, backend=linear, cache=packs[0])
+        else:  # with LoRA in training, or in a batch of several tasks
+            n = self.layernorm_before(x)
+            h = torch.cat([one(n) for one in qkv], -1)
         h = _attend(attention, h, attention_mask, for_op("attention", self._fastpetl_backend))
         h = ops.linear(h, *_side_by_side(proj.dense), backend=linear, cache=packs[1])
-        x = self._site(0, x, _drop(h, proj.dropout))
+        x = self._site(0, x, _drop(_adapted(proj.dense, h), proj.dropout))
         fc1 = _side_by_side(mlp.dense)
         h = ops.linear(x, *fc1, norm=_norm(self.layernorm_after), backend=linear, cache=packs[2])
         gelu = exact_gelu(mlp.intermediate_act_fn)
@@ -104,16 +112,21 @@ class _FusedBlock:
             h = mlp.intermediate_act_fn(h)
         activation = "gelu" if gelu else None
         h = ops.linear(h, *_side_by_side(out.dense), activation=activation, backend=linear, cache=packs[3])
-        return self._site(1, x, _drop(h, out.dropout))
+        return self._site(1, x, _drop(_adapted(out.dense, h), out.dropout))
 
 
-class FusedViltLayer(_FusedBlock, modeling_vilt.ViltLayer):
-    """ViltLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
-
+class _PlainBlock(_FusedBlock):
     _fastpetl_structures = (_layer_structure(False), _layer_structure(True))
 
     def _site(self, index, x, f):
         return f + x
+
+
+class FusedViltLayer(_PlainBlock, modeling_vilt.ViltLayer):
+    """ViltLayer, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+
+FusedTaskViltLayer = fused_routed(__name__, _PlainBlock, modeling_vilt.ViltLayer)
 
 
 class FusedDASViltLayer(_FusedBlock, DASViltLayer):
@@ -185,8 +198,12 @@ class FusedSkipViltEncoder(_SharedMask, SkipViltEncoder):
 
 
 def _side_by_side(*linears: nn.Linear) -> tuple[tuple, tuple | None]:
-    weights = tuple(linear.weight for linear in linears)
+    weights = tuple(linear.merged() if type(linear) is FusedLoRALinear else linear.weight for linear in linears)
     return weights, None if linears[0].bias is None else tuple(linear.bias for linear in linears)
+
+
+def _adapted(linear: nn.Linear, f: torch.Tensor) -> torch.Tensor:
+    return linear.adapted(f) if type(linear) is AdaptedLinear else f
 
 
 def _norm(norm: nn.LayerNorm) -> tuple:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastpetl.patching._seq2seq import attention_check, attention_note, original_signature
+from fastpetl.patching._sites import LayerFamily
 from fastpetl.patching.registry import Rule
 
 _FORWARD = {  # what the fused classes were written for
@@ -13,10 +14,21 @@ _FORWARD = {  # what the fused classes were written for
     "Intermediate": ["hidden_states"],
 }
 
+OUTPUTS = {"attention.output.dense": False, "crossattention.output.dense": True, "output.dense": False}
 
-def bert_rules(family: str, library: str, prefix: str, layers: tuple[str, ...], fused: str) -> tuple[Rule, ...]:
+
+class BertLikeFamily(LayerFamily):
+    """A family whose layers are BERT's."""
+
+    outputs = OUTPUTS
+    queries_and_values = ("query", "value")
+
+
+def bert_rules(
+    family: str, library: str, prefix: str, layers: tuple[str, ...], fused: str, routed=()
+) -> tuple[Rule, ...]:
     """Semantics: the rules of a copy of BERT's modules: `prefix`SelfAttention and so on of the module `library`, the
-    fused classes in the module `fused`.
+    fused classes in the module `fused`. routed: the layers that may be told a task (`fastpetl.nn.task_layers`).
     """
     expected = {f"{prefix}{name}": names for name, names in _FORWARD.items()}
 
@@ -69,6 +81,19 @@ def bert_rules(family: str, library: str, prefix: str, layers: tuple[str, ...], 
                 note=layer_note,
             )
             for name in layers
+        ),
+        *(
+            Rule(
+                f"{family}.layer",
+                f"fastpetl.nn.task_layers:Task{name}",
+                f"{fused}:FusedTask{name}",
+                lambda layer, name=name: (
+                    signature("Output", "Intermediate") or check_layer(layer, f"{fused}:FusedTask{name}")
+                ),
+                ops=("linear", "residual_norm"),
+                note=layer_note,
+            )
+            for name in routed
         ),
     )
 

@@ -8,6 +8,7 @@ import sys
 from torch import nn
 
 from fastpetl.patching._seq2seq_skip import SkipsSeq2Seq
+from fastpetl.patching._sites import Baselines, with_lora, without_lora
 
 
 def original_signature(module: str, name: str, expected: dict) -> str | None:
@@ -37,7 +38,7 @@ def attention_note(attention) -> str:
     return ""
 
 
-class Seq2SeqFamily(SkipsSeq2Seq):
+class Seq2SeqFamily(SkipsSeq2Seq, Baselines):
     """A family whose host is a model with an `encoder` and a `decoder`.
 
     A subclass names its transformers module, the classes of its hosts and, in order, of the layers that get adapters
@@ -110,40 +111,24 @@ class Seq2SeqFamily(SkipsSeq2Seq):
         """Semantics: the query and value projections of all attentions become LoRALinears, their layers are told the
         task.
         """
-        from fastpetl.nn.lora import LoRALinear
-        from fastpetl.nn.lora_layers import routed
+        from fastpetl.nn.task_layers import routed
 
         library = sys.modules[self.module]
         kinds = {getattr(library, name): routed(getattr(library, name)) for name in self.lora_layers}
         for part in (host.encoder, host.decoder):
             for layer in [module for module in part.modules() if type(module) in kinds]:
-                for name, linear in list(layer.named_modules()):
-                    if name.split(".")[-1] not in self.queries_and_values:
-                        continue
-                    if type(linear) is not nn.Linear:
-                        kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
-                        raise ValueError(f"attach: {name} is {kind}, expected torch.nn.Linear")
-                    linear.__class__ = LoRALinear
-                    scale = config.alpha / config.rank
-                    linear.add(config.tasks, config.rank, sharing=config.sharing, scale=scale, dropout=config.dropout)
+                with_lora(layer, self.queries_and_values, config)
                 layer.__class__ = kinds[type(layer)]
 
     def detach_lora(self, host) -> None:
-        from fastpetl.nn.lora import LoRALinear, LoRATask
+        from fastpetl.nn.tasks import TellsTask
 
-        for module in [*host.encoder.modules(), *host.decoder.modules()]:
-            if isinstance(module, LoRALinear):
-                module.remove()
-                module.__class__ = nn.Linear
-            elif isinstance(module, LoRATask):
-                module.__dict__.pop("_fastpetl_task", None)
-                module.__class__ = type(module).__bases__[1]
-
-    def attach_nothing(self, host, config) -> None:
-        """Semantics: a baseline's: only what trains is chosen."""
-
-    def detach_nothing(self, host) -> None:
-        """Semantics: undoes `attach_nothing`."""
+        for part in (host.encoder, host.decoder):
+            without_lora(part)
+            for module in part.modules():
+                if isinstance(module, TellsTask):
+                    module.__dict__.pop("_fastpetl_task", None)
+                    module.__class__ = type(module).__bases__[1]
 
     def attach_prompt(self, host, config) -> None:
         """Semantics: the prompts' module on the encoder, which must be one that asks for them (VL-BART's, VL-T5's)."""
@@ -165,6 +150,8 @@ class Seq2SeqFamily(SkipsSeq2Seq):
                 del layer._modules[child]
             layer.__dict__.pop("_fastpetl_task", None)
             layer.__class__ = originals.get(type(layer), type(layer))
+
+    attach_hyper, detach_hyper = attach_adapter, detach_adapter  # and what HyperformerConfig adds beside the sites
 
     # --- the originals' checkpoints
 

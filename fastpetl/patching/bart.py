@@ -9,7 +9,7 @@ from fastpetl.patching.registry import Rule
 
 _HF = "transformers.models.bart.modeling_bart"
 _NN = "fastpetl.nn.bart"
-_LORA = "fastpetl.nn.lora_layers"
+_TASK = "fastpetl.nn.task_layers"
 _PLAIN = "fastpetl.nn.bart_adapters"
 _FORWARD = {  # what the fused classes were written for
     "BartAttention": ["hidden_states", "key_value_states", "past_key_values", "attention_mask", "kwargs"],
@@ -59,8 +59,8 @@ RULES = (
     _layer("decoder_layer", f"{_HF}:BartDecoderLayer", "FusedBartDecoderLayer"),
     _layer("encoder_layer", f"{_PLAIN}:AdapterBartEncoderLayer", "FusedAdapterBartEncoderLayer"),
     _layer("decoder_layer", f"{_PLAIN}:AdapterBartDecoderLayer", "FusedAdapterBartDecoderLayer"),
-    _layer("encoder_layer", f"{_LORA}:LoRABartEncoderLayer", "FusedLoRABartEncoderLayer"),
-    _layer("decoder_layer", f"{_LORA}:LoRABartDecoderLayer", "FusedLoRABartDecoderLayer"),
+    _layer("encoder_layer", f"{_TASK}:TaskBartEncoderLayer", "FusedTaskBartEncoderLayer"),
+    _layer("decoder_layer", f"{_TASK}:TaskBartDecoderLayer", "FusedTaskBartDecoderLayer"),
 )
 
 

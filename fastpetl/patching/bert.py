@@ -1,7 +1,20 @@
-"""BERT (Hugging Face transformers): patch rules."""
+"""BERT (Hugging Face transformers): patch rules, and where VL-Adapter's methods go."""
 
 from __future__ import annotations
 
-from fastpetl.patching._bert_like import bert_rules
+from fastpetl.patching._bert_like import BertLikeFamily, bert_rules
 
-RULES = bert_rules("bert", "transformers.models.bert.modeling_bert", "Bert", ("BertLayer",), "fastpetl.nn.bert")
+_HF = "transformers.models.bert.modeling_bert"
+RULES = bert_rules("bert", _HF, "Bert", ("BertLayer",), "fastpetl.nn.bert", routed=("BertLayer",))
+
+
+class BertFamily(BertLikeFamily):
+    """Answers for a BertModel (the host) what attaching and counting ask."""
+
+    name = "BERT (transformers)"
+    module = _HF
+    host_classes = ("BertModel",)
+    layer_classes = (f"{_HF}:BertLayer",)
+
+
+FAMILY = BertFamily()

@@ -1,8 +1,9 @@
-"""CLIP (Hugging Face transformers), vision and text: patch rules."""
+"""CLIP (Hugging Face transformers), vision and text: patch rules, and where VL-Adapter's methods go."""
 
 from __future__ import annotations
 
 from fastpetl.patching._seq2seq import attention_check, attention_note, original_signature
+from fastpetl.patching._sites import LayerFamily
 from fastpetl.patching.registry import Rule
 
 _HF = "transformers.models.clip.modeling_clip"
@@ -35,4 +36,25 @@ RULES = (
     _rule("attention", "CLIPAttention", "PROJECTIONS", "linear", "attention", note=attention_note),
     _rule("mlp", "CLIPMLP", "MLP", "linear"),
     _rule("layer", "CLIPEncoderLayer", "NORMS", "residual_norm"),
+    Rule(
+        "clip.layer",
+        "fastpetl.nn.task_layers:TaskCLIPEncoderLayer",
+        f"{_NN}:FusedTaskCLIPEncoderLayer",
+        _check("CLIPEncoderLayer", "NORMS"),
+        ops=("residual_norm",),
+    ),
 )
+
+
+class ClipFamily(LayerFamily):
+    """Answers for a CLIPModel, or one of its two sides, what attaching and counting ask."""
+
+    name = "CLIP (transformers)"
+    module = _HF
+    host_classes = ("CLIPModel", "CLIPTextModel", "CLIPVisionModel")
+    layer_classes = (f"{_HF}:CLIPEncoderLayer",)
+    outputs = {"self_attn.out_proj": False, "mlp.fc2": False}
+    queries_and_values = ("q_proj", "v_proj")
+
+
+FAMILY = ClipFamily()

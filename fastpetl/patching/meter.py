@@ -8,15 +8,16 @@ import sys
 import torch
 from torch import nn
 
-from fastpetl.patching._bert_like import check_layer, layer_note
+from fastpetl.patching._bert_like import OUTPUTS, check_layer, layer_note
 from fastpetl.patching._originals import renamed as rename
+from fastpetl.patching._sites import LayerTable
 from fastpetl.patching.registry import Rule
 
 _MODEL = "fastpetl.models.meter"
 _SHORTCUTS = ("adapter_list_l", "adapter_list_v")
 
 
-class MeterFamily:
+class MeterFamily(LayerTable):
     """Answers for a MeterModel (the host of both stacks of cross-modal layers) what attaching, skipping and counting
     ask; blocks are numbered as DAS's gates: the text layers, then the image layers.
     """
@@ -24,6 +25,9 @@ class MeterFamily:
     name = "METER (fastpetl.models)"
     das_sizes = (96, 288)  # the original's bottleneck and skip_bottleneck
     classifier_token = True
+    layer_classes = ("fastpetl.nn.meter:MeterCrossLayer",)  # the towers stay frozen, as DAS has it
+    outputs = OUTPUTS
+    queries_and_values = ("query", "value")
 
     def hosts(self, module: nn.Module) -> bool:
         meter = sys.modules.get(_MODEL)
@@ -59,7 +63,7 @@ class MeterFamily:
     # --- adapters
 
     def attach_reason(self, host) -> str | None:
-        """Semantics: why DAS adapters cannot be attached to this model, or None."""
+        """Semantics: why nothing can be attached to this model, or None."""
         from fastpetl.nn.meter import MeterCrossLayer
         from fastpetl.nn.meter_fused import FusedMeterCrossLayer
 
@@ -68,10 +72,14 @@ class MeterFamily:
                 if type(layer) not in (MeterCrossLayer, FusedMeterCrossLayer):
                     kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
                     return f"{('text', 'image')[k]} layer {i} is {kind}, expected fastpetl.nn.meter.MeterCrossLayer"
-        return None
+        return self.table_reason(host)
 
     def is_attached(self, host) -> bool:
-        return "adapter" in host.cross_modal_text_layers[0]._modules or self.has_shortcut_adapters(host)
+        return (
+            self.has_table(host)
+            or "adapter" in host.cross_modal_text_layers[0]._modules
+            or self.has_shortcut_adapters(host)
+        )
 
     def attach_das(self, host, config) -> None:
         """Semantics: three adapters in each layer, a shortcut adapter beside it, and the trained first text token."""
@@ -233,14 +241,15 @@ def _check_output(output) -> str | None:
     return structure_reason(output, DAS_OUTPUT)
 
 
-def _layer(kind: str, name: str) -> Rule:
+def _layer(kind: str, name: str, module: str = _NN) -> Rule:
     fused = f"{_FUSED}:Fused{name}"
     ops = ("linear", "residual_norm")
-    return Rule(f"meter.{kind}", f"{_NN}:{name}", fused, lambda m: check_layer(m, fused), ops=ops, note=layer_note)
+    return Rule(f"meter.{kind}", f"{module}:{name}", fused, lambda m: check_layer(m, fused), ops=ops, note=layer_note)
 
 
 RULES = (
     _layer("layer", "MeterCrossLayer"),
+    _layer("layer", "TaskMeterCrossLayer", "fastpetl.nn.task_layers"),
     _layer("das_layer", "DASMeterCrossLayer"),
     Rule(
         "meter.das_output",

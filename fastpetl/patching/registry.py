@@ -37,7 +37,7 @@ class Rule:
     def target_class(self) -> type | None:
         """The class, or None while nobody has imported its module (then no model has such a layer)."""
         module, _, name = self.target.partition(":")
-        return getattr(sys.modules.get(module), name, None)
+        return getattr(sys.modules.get(module), "__dict__", {}).get(name)  # past a module that would import it now
 
     def replacement_class(self, module: nn.Module) -> type:
         return load(self.replacement)
@@ -138,6 +138,9 @@ def family_of(model: nn.Module, function: str):
         for name, module in model.named_modules()
         if family.hosts(module)
     ]
+    # What is in another host (METER's two towers) is that one's.
+    inside = {id(m) for *_, host in found for m in host.modules() if m is not host}
+    found = [entry for entry in found if id(entry[2]) not in inside]
     if not found:
         known = ", ".join(family.name for family in families())
         raise ValueError(

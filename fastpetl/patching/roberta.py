@@ -1,8 +1,20 @@
-"""RoBERTa (Hugging Face transformers): patch rules."""
+"""RoBERTa (Hugging Face transformers): patch rules, and where VL-Adapter's methods go."""
 
 from __future__ import annotations
 
-from fastpetl.patching._bert_like import bert_rules
+from fastpetl.patching._bert_like import BertLikeFamily, bert_rules
 
 _HF = "transformers.models.roberta.modeling_roberta"
-RULES = bert_rules("roberta", _HF, "Roberta", ("RobertaLayer",), "fastpetl.nn.roberta")
+RULES = bert_rules("roberta", _HF, "Roberta", ("RobertaLayer",), "fastpetl.nn.roberta", routed=("RobertaLayer",))
+
+
+class RobertaFamily(BertLikeFamily):
+    """Answers for a RobertaModel (the host) what attaching and counting ask."""
+
+    name = "RoBERTa (transformers)"
+    module = _HF
+    host_classes = ("RobertaModel",)
+    layer_classes = (f"{_HF}:RobertaLayer",)
+
+
+FAMILY = RobertaFamily()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastpetl.patching._originals import renamed as rename
+from fastpetl.patching._sites import LayerTable
 from fastpetl.patching.registry import Rule
 
 _HF = "transformers.models.vilt.modeling_vilt"
@@ -93,6 +94,13 @@ RULES = (
         ops=("linear", "attention", "adapter"),
         **_LAYER,
     ),
+    Rule(
+        "vilt.layer",
+        "fastpetl.nn.task_layers:TaskViltLayer",
+        f"{_NN}:FusedTaskViltLayer",
+        ops=("linear", "attention"),
+        **_LAYER,
+    ),
     Rule("vilt.patches", f"{_HF}:ViltPatchEmbeddings", f"{_NN}:FusedViltPatchEmbeddings", _check_patches, ("linear",)),
     Rule("vilt.encoder", f"{_HF}:ViltEncoder", f"{_NN}:FusedViltEncoder", check=_check_encoder),
     Rule("vilt.encoder", f"{_DAS}:SkipViltEncoder", f"{_NN}:FusedSkipViltEncoder", check=_check_encoder),
@@ -102,12 +110,15 @@ RULES = (
 # --- blocks and adapters ----------------------------------------------------------------------------------------------
 
 
-class ViltFamily:
+class ViltFamily(LayerTable):
     """Answers for a ViLT encoder (the host of its blocks) what attaching, skipping and counting ask."""
 
     name = "ViLT (transformers)"
     das_sizes = (96, 192)  # the paper's bottleneck and skip_bottleneck
     classifier_token = False
+    layer_classes = (f"{_HF}:ViltLayer",)
+    outputs = {"attention.output.dense": False, "output.dense": False}
+    queries_and_values = ("query", "value")
 
     def hosts(self, module: nn.Module) -> bool:
         encoder = getattr(sys.modules.get(_HF), "ViltEncoder", None)
@@ -138,16 +149,20 @@ class ViltFamily:
         ]
 
     def attach_reason(self, encoder) -> str | None:
-        """Semantics: why DAS adapters cannot be attached to this encoder, or None."""
+        """Semantics: why nothing can be attached to this encoder, or None."""
         from fastpetl.nn import vilt
 
         for i, layer in enumerate(encoder.layer):
             if type(layer) not in (sys.modules[_HF].ViltLayer, vilt.FusedViltLayer):
                 return f"layer {i} is {type(layer).__module__}.{type(layer).__qualname__}, expected {_HF}.ViltLayer"
-        return _library_reason()
+        return _library_reason() or self.table_reason(encoder)
 
     def is_attached(self, encoder) -> bool:
-        return any("adapter0" in layer._modules for layer in encoder.layer) or self.has_shortcut_adapters(encoder)
+        return (
+            self.has_table(encoder)
+            or any("adapter0" in layer._modules for layer in encoder.layer)
+            or self.has_shortcut_adapters(encoder)
+        )
 
     def attach_das(self, encoder, config) -> None:
         """Semantics: adapter0 and adapter1 in each layer, adapter_list.{i}.0 on the encoder, as das.md 1.1-1.3 of the
