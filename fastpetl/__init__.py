@@ -39,10 +39,23 @@ _NAMES = {
     "load": "fastpetl.saving",
     "export_peft": "fastpetl.peft_format",
     "import_peft": "fastpetl.peft_format",
+    "import_adapterhub": "fastpetl.adapterhub_format",
 }
 # `skip` and `count` are modules that can be called: fastpetl.skip(model, mask), fastpetl.count(model, inputs)
 _MODULES = (
-    *("skip", "das", "count", "ops", "nn", "patching", "methods", "models", "saving", "peft_format"),
+    *(
+        "skip",
+        "das",
+        "count",
+        "ops",
+        "nn",
+        "patching",
+        "methods",
+        "models",
+        "saving",
+        "peft_format",
+        "adapterhub_format",
+    ),
     *("backends", "spec", "kernels", "info", "bench", "demo"),
 )
 

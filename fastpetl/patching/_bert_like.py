@@ -22,6 +22,7 @@ class BertLikeFamily(LayerFamily):
 
     outputs = OUTPUTS
     queries_and_values = ("query", "value")
+    adapterhub = ((r"\.dense\.output_adapter$", ".adapters"),)  # where its adapters stand: (here, there)
 
 
 def bert_rules(

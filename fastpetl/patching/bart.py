@@ -74,6 +74,11 @@ class BartFamily(Seq2SeqFamily):
     layers = "layers"
     queries_and_values = ("q_proj", "v_proj")
     lora_layers = ("BartEncoderLayer", "BartDecoderLayer")
+    adapterhub = (  # where its adapters stand: (here, there)
+        (r"\.(?:self_)?attn_adapter$", ".attention_adapters.adapters"),
+        (r"\.enc_attn_adapter$", ".cross_attention_adapters.adapters"),
+        (r"\.ff_adapter$", ".output_adapters.adapters"),
+    )
     ignored = ("encoder.version", "decoder.version", "position_ids")
 
     def sites(self) -> dict:

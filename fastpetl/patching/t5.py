@@ -63,6 +63,7 @@ class T5Family(Seq2SeqFamily):
     layers = "block"
     queries_and_values = ("q", "v")
     lora_layers = ("T5Block",)
+    adapterhub = ((r"\.(?:enc_attn|attn|ff)_adapter$", ".adapters"),)  # where its adapters stand: (here, there)
     ignored = ("layer.1.EncDecAttention.relative_attention_bias.weight",)
 
     def sites(self) -> dict:
