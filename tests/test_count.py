@@ -120,3 +120,46 @@ def test_command_line_of_the_methods(capsys):
     with pytest.raises(SystemExit):
         fastpetl.count.main(["vlbart", "--method", "x"])
     assert "--method is x, expected one of adapter, compacter" in capsys.readouterr().err
+
+
+TABLE = {  # (trainable, total) at the paper's sizes; the originals' classes, counted
+    ("vlbart", "adapter", "single"): (6_081_600, 145_606_464),
+    ("vlbart", "adapter", "half"): (12_725_760, 152_250_624),
+    ("vlbart", "adapter", "multiple"): (19_430_400, 158_955_264),
+    ("vlbart", "hyperformer", "single"): (8_579_088, 148_103_952),
+    ("vlbart", "hyperformer", "unified"): (4_708_592, 144_233_456),
+    ("vlbart", "compacter", "single"): (3_870_240, 143_395_104),
+    ("vlbart", "compacter", "multiple"): (10_584_960, 150_109_824),
+    ("vlbart", "lora", "single"): (8_786_688, 148_234_752),
+    ("vlbart", "lora", "multiple"): (30_020_352, 169_468_416),
+    ("vlbart", "prompt", "single"): (2_843_936, 142_417_952),
+    ("vlbart", "prompt", "multiple"): (6_627_200, 146_201_216),
+    ("vlbart", "baseline", "all"): (141_156_864, 141_156_864),
+    ("vlbart", "baseline", "visual"): (1_582_848, 141_156_864),
+    ("vlbart", "baseline", "norms"): (1_632_000, 141_156_864),
+    ("vlbart", "baseline", "biases"): (1_708_800, 141_156_864),
+    ("vlbart", "video adapter", "single"): (4_901_952, 144_426_816),
+    ("vlbart", "video lora", "single"): (7_607_040, 147_055_104),
+    ("vlbart", "video prompt", "single"): (1_664_288, 141_238_304),
+    ("vlt5", "adapter", "single"): (10_480_512, 233_439_360),
+    ("vlt5", "adapter", "half"): (23_768_832, 246_727_680),
+    ("vlt5", "adapter", "multiple"): (37_178_112, 260_136_960),
+    ("vlt5", "hyperformer", "single"): (8_534_544, 231_493_392),
+    ("vlt5", "compacter", "single"): (6_057_792, 229_016_640),
+    ("vlt5", "compacter", "multiple"): (19_487_232, 242_446_080),
+    ("vlt5", "prompt", "single"): (2_842_400, 225_801_248),
+    ("vlt5", "prompt", "multiple"): (6_625_664, 229_584_512),
+    ("vlt5", "baseline", "all"): (224_540_160, 224_540_160),
+    ("vlt5", "baseline", "visual"): (1_581_312, 224_540_160),
+}
+
+
+@pytest.mark.parametrize("model", ["vlbart", "vlt5"])
+def test_every_row_of_the_papers_table(model, capsys):
+    """The command line prints each of them to the digit."""
+    assert fastpetl.count.main([model]) == 0
+    lines = [line.replace("video ", "video_").split() for line in capsys.readouterr().out.splitlines()[1:]]
+    printed = {(model, line[0].replace("_", " "), line[1]): (line[3], line[2]) for line in lines}
+    for row, (trainable, total) in TABLE.items():
+        assert row[0] != model or printed[row] == (f"{trainable:,}", f"{total:,}"), row
+    assert len(printed) == len(lines)

@@ -17,7 +17,10 @@ PAPER = {
     ("prompt", "single"): 2.00,
     ("baseline", "visual"): 1.14,
     ("baseline", "norms"): 1.18,
+    ("video adapter", "single"): 3.39,
+    ("video lora", "single"): 5.17,
 }
+VIDEO = ("adapter", "lora", "prompt")  # the paper's on video and text, single, with CLIP's 512 channels a frame
 METHODS = ("adapter", "compacter", "lowrank", "hyperformer", "lora", "prompt", "baseline")
 
 
@@ -35,14 +38,16 @@ def table(model: str, methods=METHODS) -> str:
         "vlt5": (models.VLT5, models.VLT5Config),
     }[model]
     lines = [("method", "sharing", "parameters", "trainable", "%", "paper %")]
-    for name in methods:
-        for sharing, options in _variants(name):
-            with torch.device("meta"):
-                made = m.attach(model_class(config_class()), kinds[name](**options), patch=False)
-            found = count(made)
-            paper = PAPER.get((name, sharing)) if model == "vlbart" else None
-            share, theirs = f"{found.trainable_percent:.2f}", "-" if paper is None else f"{paper:.2f}"
-            lines.append((name, sharing, f"{found.total:,}", f"{found.trainable:,}", share, theirs))
+    rows = [(name, sharing, options, {}) for name in methods for sharing, options in _variants(name)]
+    if model == "vlbart":
+        rows += [(f"video {name}", "single", {}, {"feat_dim": 512, "n_boxes": 64}) for name in methods if name in VIDEO]
+    for name, sharing, options, sizes in rows:
+        config = kinds[name.removeprefix("video ")](**options)
+        with torch.device("meta"):
+            found = count(m.attach(model_class(config_class(**sizes)), config, patch=False))
+        paper = PAPER.get((name, sharing)) if model == "vlbart" else None
+        share, theirs = f"{found.trainable_percent:.2f}", "-" if paper is None else f"{paper:.2f}"
+        lines.append((name, sharing, f"{found.total:,}", f"{found.trainable:,}", share, theirs))
     widths = [max(len(line[i]) for line in lines) for i in range(6)]
     return "\n".join(
         "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
