@@ -6,8 +6,8 @@ GPU nor a CUDA build of torch is needed to compile, link and load it. Without a 
     FASTPETL_CUDA=auto|0|1        compile csrc/cuda (default auto: when an nvcc is found)
     FASTPETL_CUDA_ARCH_LIST=...   default "80;90a;100a"; "90+PTX" embeds PTX as well
     FASTPETL_REQUIRE_EXT=1        fail instead of installing without fastpetl._C
-    FASTPETL_SANITIZE=...         sanitizers of the C++ code, e.g. address,undefined; give such a build a --build-base of
-                                  its own (tests/build/test_sanitizers.py)
+    FASTPETL_SANITIZE=...         sanitizers of the C++ code, e.g. address,undefined; give such a build its own
+                                  --build-base (tests/build/test_sanitizers.py)
     FASTPETL_TORCH_DIR=...        torch package whose headers to use (default: the torch of this environment)
     CXX, CUDA_HOME, MAX_JOBS      as usual
 """

@@ -271,7 +271,7 @@ def test_candidates_in_one_pass():
 
 @pytest.mark.parametrize("patch", [False, True], ids=["eager", "patched"])
 def test_candidates_share_what_they_have_in_common(patch):
-    """Each distinct beginning once: a text layer is run again only where an earlier choice, of either stream, differs."""
+    """Each distinct beginning once: a layer is run again only where an earlier choice, of either stream, differs."""
     model = fastpetl.patch(tiny()) if patch else tiny()
     plans = [(2, 9), (2, 10), (2, 10, 5), (8, 3)]
     sets = torch.tensor([fastpetl.SkipPlan(plan).mask(12) for plan in plans])
@@ -286,9 +286,7 @@ def test_candidates_share_what_they_have_in_common(patch):
     want = {}
     for i in range(12):
         depth = i % 6
-        beginnings = {
-            (tuple(row[:depth].tolist()), tuple(row[6 : 6 + depth].tolist())) for row in sets if not row[i]
-        }
+        beginnings = {(tuple(row[:depth].tolist()), tuple(row[6 : 6 + depth].tolist())) for row in sets if not row[i]}
         want[i] = 3 * len(beginnings)
     assert seen == want and sum(want.values()) < 3 * int((~sets).sum())
     for row, got in zip(sets, logits.chunk(4), strict=True):
