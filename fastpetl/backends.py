@@ -89,8 +89,8 @@ def _triton_kernels(op: str) -> tuple[bool, str]:
 def _verify_cpp(op, device, dtype, head_dim):
     if device != "cpu":
         return False, f"the C++ kernels run on the CPU, the tensors are on {device}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return False, f"the C++ kernels take float32 and bfloat16, the tensors are {_short(dtype)}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False, f"the C++ kernels take float32, bfloat16 and float16, the tensors are {_short(dtype)}"
     if op == "attention" and head_dim > MAX_HEAD_DIM:
         return False, f"the C++ attention takes heads of at most {MAX_HEAD_DIM} channels, these have {head_dim}"
     module, reason = extension()

@@ -21,8 +21,8 @@ namespace {  // one copy per file
 
 [[maybe_unused]] int code(const Tensor& t, const char* op) {
   const ScalarType s = t.scalar_type();
-  STD_TORCH_CHECK(s == ScalarType::Float || s == ScalarType::BFloat16, op, ": x must be float32 or bfloat16");
-  return s == ScalarType::Float ? FP_F32 : FP_BF16;
+  STD_TORCH_CHECK(s == ScalarType::Float || s == ScalarType::BFloat16 || s == ScalarType::Half, op, ": x must be float32, bfloat16 or float16");
+  return s == ScalarType::Float ? FP_F32 : s == ScalarType::Half ? FP_F16 : FP_BF16;
 }
 [[maybe_unused]] const void* in(const Tensor& t, const Tensor& like, int64_t numel, const char* op, const char* name) {
   STD_TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous");

@@ -3,7 +3,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum fp_dtype { FP_F32 = 0, FP_BF16 = 1 };
+enum fp_dtype { FP_F32 = 0, FP_BF16 = 1, FP_F16 = 2 };
 enum fp_activation { FP_IDENTITY = 0, FP_RELU = 1, FP_GELU = 2, FP_GELU_TANH = 3, FP_SILU = 4 };
 enum fp_prologue { FP_NONE = 0, FP_LAYERNORM = 1, FP_PROLOGUE_GELU = 2 };
 

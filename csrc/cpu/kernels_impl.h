@@ -12,6 +12,10 @@ namespace FP_ISA {
     using T = float;                                              \
     using E = FP_ENGINE(T);                                       \
     __VA_ARGS__;                                                  \
+  } else if (dtype == FP_F16) {                                   \
+    using T = half;                                               \
+    using E = FP_ENGINE(T);                                       \
+    __VA_ARGS__;                                                  \
   } else {                                                        \
     using T = bf16;                                               \
     using E = FP_ENGINE(T);                                       \
@@ -29,8 +33,8 @@ static void attention_backward(const fp_attention& a, int dtype) { FP_BY_TYPE(At
 static void phm_forward(const fp_phm& a, int dtype) { FP_BY_TYPE(Phm<T, E>::forward(a)) }
 static void phm_backward(const fp_phm& a, int dtype) { FP_BY_TYPE(Phm<T, E>::backward(a)) }
 
-static void residual_norm_forward(const fp_residual_norm& a, int dtype) { dtype == FP_F32 ? ResidualNorm<float>::forward(a) : ResidualNorm<bf16>::forward(a); }
-static void residual_norm_backward(const fp_residual_norm& a, int dtype) { dtype == FP_F32 ? ResidualNorm<float>::backward(a) : ResidualNorm<bf16>::backward(a); }
+static void residual_norm_forward(const fp_residual_norm& a, int dtype) { FP_BY_TYPE((void)sizeof(E); ResidualNorm<T>::forward(a)) }
+static void residual_norm_backward(const fp_residual_norm& a, int dtype) { FP_BY_TYPE((void)sizeof(E); ResidualNorm<T>::backward(a)) }
 
 // A ruler: independent FMA chains, as many as hide the latency. Returns the FLOP done by all threads.
 static float fma_chain(int64_t iterations, float factor) {

@@ -23,6 +23,7 @@ typedef float vf __attribute__((vector_size(VL * 4), may_alias));
 typedef int32_t vi __attribute__((vector_size(VL * 4), may_alias));
 typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 struct bf16 { uint16_t bits; };
+struct half { uint16_t bits; };  // IEEE binary16
 
 #define FP_INLINE static inline __attribute__((always_inline))
 
@@ -95,6 +96,53 @@ FP_INLINE void store(bf16* p, vf v) {
   for (int i = 0; i < VL; ++i) down(v[i], p + i);
 #endif
 }
+// half <-> float, round to nearest even, NaN kept
+FP_INLINE float up(half x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, e = x.bits >> 10 & 31, m = x.bits & 0x3ff;
+  float f = m * 0x1p-24f;  // subnormal
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  u = sign | (e == 0 ? u : (e == 31 ? 0x7f800000 : (e + 112) << 23) | m << 13);
+  memcpy(&f, &u, 4);
+  return f;
+}
+FP_INLINE void down(float f, half* out) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  const uint32_t sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+  uint32_t h;
+  if (a > 0x7f800000) h = 0x7e00;
+  else if (a >= 0x477ff000) h = 0x7c00;  // from 65520 on
+  else if (a >= 0x38800000) h = (a - (112u << 23) + 0xfff + (a >> 13 & 1)) >> 13;
+  else {  // below 2^-14: a unit of 0.5f's last place is half's subnormal step
+    float t;
+    memcpy(&t, &a, 4);
+    t += .5f;
+    memcpy(&h, &t, 4);
+    h -= 0x3f000000;
+  }
+  out->bits = sign | h;
+}
+FP_INLINE vf load(const half* p) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  vf v;
+  for (int i = 0; i < VL; ++i) v[i] = up(p[i]);
+  return v;
+#endif
+}
+FP_INLINE void store(half* p, vf v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < VL; ++i) down(v[i], p + i);
+#endif
+}
 // first n lanes (n > VL counts as VL, n < 0 as 0), zeros behind
 #if defined(__AVX512F__)
 FP_INLINE __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (__mmask16)((1 << n) - 1); }
@@ -102,9 +150,10 @@ FP_INLINE vf load(const float* p, int64_t n) { return (vf)_mm512_maskz_loadu_ps(
 FP_INLINE vf load(const bf16* p, int64_t n) {
   return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(first(n), p)), 16);
 }
+FP_INLINE vf load(const half* p, int64_t n) { return (vf)_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p)); }
 FP_INLINE void store(float* p, vf v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), (__m512)v); }
-FP_INLINE void store(bf16* p, vf v, int64_t n) {
-  bf16 t[VL];
+template <class T> FP_INLINE void store(T* p, vf v, int64_t n) {  // the two 16-bit types
+  T t[VL];
   if (n >= VL) return store(p, v);
   store(t, v);
   _mm256_mask_storeu_epi16(p, first(n), _mm256_loadu_si256((const __m256i*)t));
@@ -138,7 +187,7 @@ template <class T> FP_INLINE void stream(T* p, vf v, int64_t n) {
 #if defined(__AVX512F__)
   if (n >= VL && (uintptr_t)p % (VL * sizeof(T)) == 0) {
     if constexpr (sizeof(T) == 4) return _mm512_stream_ps((float*)p, (__m512)v);
-    bf16 t[VL];
+    T t[VL];
     store(t, v);
     return _mm256_stream_si256((__m256i*)p, _mm256_loadu_si256((const __m256i*)t));
   }

@@ -72,13 +72,14 @@ struct Memory {
     if (dtype == FP_F32) return (void)memcpy(p, &v, 4);
     uint32_t u;
     memcpy(&u, &v, 4);
-    uint16_t half = u >> 16;  // bf16, cut off
+    const int e = (int)(u >> 23 & 255) - 112;  // cut off, and too small to be normal in half is zero
+    uint16_t half = dtype == FP_BF16 ? u >> 16 : (u >> 16 & 0x8000) | (e > 0 ? e << 10 | (u >> 13 & 0x3ff) : 0);
     memcpy(p, &half, 2);
   }
   bool is_nan(const Block& b, size_t i) const {
     uint32_t u = 0;
     memcpy(&u, b.p + i * b.item, b.item);
-    return b.item == 4 ? (u & 0x7fffffff) > 0x7f800000 : (u & 0x7fff) > 0x7f80;
+    return b.item == 4 ? (u & 0x7fffffff) > 0x7f800000 : (u & 0x7fff) > (dtype == FP_F16 ? 0x7c00 : 0x7f80);
   }
   void* in(int64_t count, float scale = 1, bool want = true) {
     if (!want) return nullptr;
@@ -256,7 +257,7 @@ int run_all() {
     const size_t end = std::min(isas.find(' ', at), isas.size());
     fastpetl_set_cpu_isa(isas.substr(at, end - at).c_str());
     at = end + 1;
-    for (int dtype : {FP_F32, FP_BF16})
+    for (int dtype : {FP_F32, FP_BF16, FP_F16})
       for (const Case& c : cases()) c(dtype), ++ran;
   }
   printf("%d cases on %s\n", ran, isas.c_str());
@@ -269,7 +270,7 @@ int run_planted(const char* isa) {
   int noticed = 0, missed = 0, which = 0;
   for (const Case& c : planted()) {
     ++which;
-    for (int dtype : {FP_F32, FP_BF16}) {
+    for (int dtype : {FP_F32, FP_BF16, FP_F16}) {
       short_buffer = -1;
       c(dtype);
       for (short_buffer = 0; short_buffer < buffers; ++short_buffer) {

@@ -48,14 +48,14 @@ def check_against_float64(label, rows, d, r, activation, arguments, dtype, add_x
         assert_two_times(got[k], theirs[k], want[k], f"gradient of {k}")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", SHAPES, ids=lambda c: "-".join(map(str, c[:4])))
 @pytest.mark.parametrize("label", [b for b in ADAPTER_BACKENDS if b not in ("triton", "reference")])
 def test_backend_against_float64(label, case, dtype):
     check_against_float64(label, *case, dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [SHAPES[2], (70, 40, 48, "gelu", {})], ids=lambda c: "-".join(map(str, c[:4])))
 def test_triton_against_float64(case, dtype):
     check_against_float64("triton", *case, dtype)
@@ -184,7 +184,7 @@ def test_leading_dimensions():
             assert call_adapter(ops.adapter, t).shape == shape
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("label", [b for b in ADAPTER_BACKENDS if b.startswith("cpp")])
 def test_deterministic(label, dtype):
     a = adapter_arguments(300, 768, 96, dtype)

@@ -36,9 +36,11 @@ def test_explicit_request_that_cannot_serve_raises_with_the_reason(monkeypatch):
     message = "adapter: backend is 'triton', which cannot serve this call: the tensors are on the CPU, where Triton"
     with pytest.raises(RuntimeError, match=message):
         call_adapter(ops.adapter, a, backend="triton")
-    half = {k: t.half() for k, t in a.items()}
-    with pytest.raises(RuntimeError, match="the C\\+\\+ kernels take float32 and bfloat16, the tensors are float16"):
-        call_adapter(ops.adapter, half, backend="cpp")
+    double = {k: t.double() for k, t in a.items()}
+    with pytest.raises(
+        RuntimeError, match="the C\\+\\+ kernels take float32, bfloat16 and float16, the tensors are float64"
+    ):
+        call_adapter(ops.adapter, double, backend="cpp")
     with pytest.raises(
         RuntimeError, match="linear: .* linear has no triton backend \\(it has cpp, onednn, torch, reference\\)"
     ):
@@ -48,9 +50,9 @@ def test_explicit_request_that_cannot_serve_raises_with_the_reason(monkeypatch):
 
 
 def test_auto_falls_back_and_remembers_why():
-    choice = backends.resolve("adapter", "auto", X.half())
+    choice = backends.resolve("adapter", "auto", X.double())
     assert choice.name == "reference"
-    assert "cpp: the C++ kernels take float32 and bfloat16, the tensors are float16" in choice.reason
+    assert "cpp: the C++ kernels take float32, bfloat16 and float16, the tensors are float64" in choice.reason
     assert backends.resolve("adapter", "auto", X.double()).name == "reference"
     a = adapter_arguments(3, 40, 8, torch.float64)
     torch.testing.assert_close(call_adapter(ops.adapter, a), call_adapter(ops.adapter_reference, a))

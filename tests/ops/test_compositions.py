@@ -37,7 +37,7 @@ def double(t):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("shared", ["", "down", "up"])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_multi_adapter_matches_float64(backend, dtype, shared, per_row):
@@ -173,7 +173,7 @@ def lora_results(function, made, **options):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("outs", [(76, 76, 76), (76, 30, 5)], ids=str)
 def test_lora_matches_float64(backend, dtype, dropout, outs):
@@ -195,7 +195,7 @@ def test_lora_is_loralib_s_formula_and_trains_weights_that_want_it():
     assert torch.autograd.grad(y.sum(), w[0])[0].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_merging_comes_undone_to_the_bit(dtype):
     x, w, b, la, lb = lora((4,), 12, (20,), 3, dtype, (True,))
     before = w[0].clone()

@@ -9,7 +9,7 @@ import torch
 from fastpetl import ops as functional
 
 ops = torch.ops.fastpetl
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @pytest.fixture(params=C.cpu_isas())
@@ -141,3 +141,13 @@ def test_an_infinite_row_stays_alone(isa, dtype):
     dx = ops.cpu_adapter_backward(x, x, z, stats, wd, wu, None, None, True, 1, 1.0, 1)[0]
     assert y[:4].isfinite().all() and dx[:4].isfinite().all()
     assert not y[4].isfinite().all()
+
+
+def test_every_half_is_read_and_rounded_as_torch_does(isa):
+    """All 65,536 of them, NaN, infinities and subnormals included, plus numbers that make the sum round."""
+    x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).view(-1, 64)
+    for f in (torch.zeros_like(x), x, torch.randn_like(x), torch.randn_like(x) * 1e-6, torch.full_like(x, 16.0)):
+        ours = ops.cpu_residual_norm_forward(x, f, None, None, None, None, 0, 1, 0.0, 0.0, False)[0]
+        want = (x.float() + f.float()).half()
+        assert torch.equal(ours.isnan(), want.isnan())
+        assert torch.equal(ours[~want.isnan()].view(torch.int16), want[~want.isnan()].view(torch.int16))

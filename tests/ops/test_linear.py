@@ -42,7 +42,7 @@ def double(x, weights, biases, options):
     return x.detach().double().requires_grad_(), tuple(w.double() for w in weights), biases, wide
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", SHAPES, ids=lambda c: "-".join(map(str, c)))
 @pytest.mark.parametrize("label", LINEAR_BACKENDS)
 def test_against_float64(label, case, dtype):

@@ -42,7 +42,7 @@ def results(function, rules, weights, cotangents, shared):
     return hs, torch.autograd.grad(hs, [*rules, *weights], [c.to(hs[0].dtype) for c in cotangents])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 # Triton's interpreter takes seconds for n = 8: n^3 sums in each program
 @pytest.mark.parametrize(
     "label, calls", [(b, c) for b in BACKENDS for c in CALLS if b != "triton" or c[0][0] < 8], ids=lambda v: str(v)[:16]
@@ -160,7 +160,7 @@ def like(argument, dtype):
     return None if argument is None else argument.detach().to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_adapter_against_float64(rank, dtype):
     n, k, q = 4, 24, 3

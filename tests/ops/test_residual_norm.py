@@ -56,7 +56,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("backend, shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("tail, emit", [("layernorm", "both"), ("rmsnorm", "norm"), ("rmsnorm", "both"), (None, "sum")])
 def test_matches_float64(backend, dtype, tail, emit, shape):
     compare(backend, shape, dtype, tail, emit)
