@@ -57,6 +57,11 @@ class TellsTask(TaskRouted):
     _route = HearsTask._route
 
 
+def mixed(model: torch.nn.Module) -> bool:
+    """Semantics: is a task for each sample set on `model`?"""
+    return any(isinstance(module.__dict__.get("_fastpetl_task"), tuple) for module in model.modules())
+
+
 def per_sample(x: torch.Tensor, tasks, run) -> torch.Tensor:
     """Semantics: y[b] = run(x[b], tasks[b]), samples of one task in one call.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 from torch import nn
 
 from fastpetl._callable import make_callable
+from fastpetl.nn.tasks import mixed
 from fastpetl.patching import registry
 from fastpetl.skip import policies
 from fastpetl.skip.plan import Block, SkipPlan, check_shortcut, mask_values, sample_mask
@@ -68,6 +69,8 @@ def skip(model: nn.Module, mask_or_plan, *, shortcut: str | None = None, capacit
         values, shortcut = mask_or_plan.mask(n_blocks), shortcut or mask_or_plan.shortcut
     elif mask_or_plan is not None and values is None:
         values = mask_values(mask_or_plan, n_blocks, "skip")
+    if isinstance(values, Policy) and mixed(model):  # a kept row would not know which of the tasks is its own
+        raise ValueError("skip: a task for each sample is set, expected one task beside masks per sample")
     adapters = family.has_shortcut_adapters(host)
     if shortcut == "adapter" and not adapters:
         raise ValueError(

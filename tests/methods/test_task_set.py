@@ -11,7 +11,7 @@ import fastpetl
 from fastpetl.methods.task_set import task_of
 from fastpetl.methods.tasks import current_task, tasks
 from vilt_tiny import everything, one_thread, relative, tiny_das  # noqa: F401
-from vl_tiny import TASKS, inputs, randomize, tiny
+from vl_tiny import TASKS, inputs, randomize, tiny, tiny_adapters
 
 CONFIGS = {
     "single": fastpetl.AdapterConfig(tasks=TASKS, bottleneck=4),
@@ -218,3 +218,15 @@ def test_merged_lora_is_never_stale(kind):
         grads.append({n: p.grad for n, p in model.named_parameters() if task_of(n) == "gqa"})
     for n, grad in grads[0].items():
         assert relative(grads[1][n], grad) <= (1e-4 if kind == "vlbart" else 1e-2), n
+
+
+def test_tasks_and_masks_per_sample_exclude_each_other():
+    """Of the rows a block keeps, none knows whose task it is: refused, whichever is set first."""
+    model = tiny_adapters("vlbart")
+    masks = torch.zeros(2, len(fastpetl.blocks(model)), dtype=torch.bool)
+    with fastpetl.skip(model, masks), pytest.raises(ValueError, match="task: blocks are skipped per sample"):
+        fastpetl.task(model, list(TASKS[:2]))
+    with fastpetl.task(model, list(TASKS[:2])), pytest.raises(ValueError, match="skip: a task for each sample is set"):
+        fastpetl.skip(model, masks)
+    with fastpetl.task(model, TASKS[0]):
+        fastpetl.skip(model, masks)
