@@ -28,8 +28,8 @@ class Setting:
     def per_sample(self) -> bool:
         return not isinstance(self.values, tuple)
 
-    def decide(self, x, training: bool):
-        self.decided = compaction.decide(x, self.values, self.n_blocks, training)
+    def decide(self, x, training: bool, attention_mask):
+        self.decided = compaction.decide(x, self.values, self.n_blocks, training, attention_mask)
         return self.decided
 
 
@@ -121,7 +121,7 @@ class _Turns:
             at = 2 if self.blocks_are_t5 else 1
             args = (*args[:at], self.source, *args[at + 1 :])
         if self.stream is None:
-            self._begin(x, args, kwargs.get("past_key_values"))
+            self._begin(x, args, kwargs)
         found = []
 
         def block(rows, take):
@@ -135,14 +135,19 @@ class _Turns:
             return self._given(y, i, args, kwargs.get("past_key_values"))
         return (y, *found[0][1:]) if self.blocks_are_t5 else y
 
-    def _begin(self, x, args, past) -> None:
-        policy = self.setting.values
+    def _begin(self, x, args, kwargs) -> None:
+        policy, past = self.setting.values, kwargs.get("past_key_values")
         if past is not None and (policy.capacity is not None or policy.copies > 1):
             what = "capacity" if policy.capacity is not None else "Candidates"
             raise ValueError(f"skip: {what} with past_key_values, expected use_cache=False")
         if self.decoder:
             source = args[2 if self.blocks_are_t5 else 1]
-            mask, scale = self.setting.decided or self.setting.decide(x if source is None else source, self.training)
+            asks = (
+                (x, self.training, None)
+                if source is None
+                else (source, self.training, args[3] if self.blocks_are_t5 else kwargs["encoder_attention_mask"])
+            )
+            mask, scale = self.setting.decided or self.setting.decide(*asks)
             rows = x.shape[0] * policy.copies
             if rows % mask.shape[0]:
                 raise ValueError(
@@ -156,7 +161,7 @@ class _Turns:
             x = compaction.repeated(x, policy.copies)
             self.stream = compaction.stream(x, mask, scale, policy.capacity)
         else:
-            mask, scale = self.setting.decide(x, self.training)
+            mask, scale = self.setting.decide(x, self.training, args[0])
             mask, scale = (t if t is None else t[:, : len(self.turns)] for t in (mask, scale))
             self.stream = compaction.stream(x, mask, scale, policy.capacity, policy.copies)
         self.copies = policy.copies if self.decoder else 1

@@ -88,7 +88,7 @@ class SkipViltEncoder(modeling_vilt.ViltEncoder):
     def _run_per_sample(self, x, mask, policy, shortcut, output_attentions, output_hidden_states):
         from fastpetl.skip.compaction import samples
 
-        stream, states, attentions = samples(x, policy, len(self.layer), self.training), [], []
+        stream, states, attentions = samples(x, policy, len(self.layer), self.training, mask), [], []
         for i, layer in enumerate(self.layer):
             if output_hidden_states:
                 states.append(stream.whole())

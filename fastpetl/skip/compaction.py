@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 
-def samples(x: torch.Tensor, policy, n_blocks: int, training: bool) -> Samples | StaticSamples:
+def samples(x: torch.Tensor, policy, n_blocks: int, training: bool, attention_mask=None) -> Samples | StaticSamples:
     """Semantics: x [B, ...], split as `policy` says, ready for `run(0)`, `run(1)`, ... and `whole()`.
 
     A block is called with the rows it runs on and a function that takes the same rows of another tensor. Eager code
     sees how many samples keep each block and runs exactly these. Under torch.compile, or with policy.capacity, shapes
     do not depend on the mask: see `StaticSamples`.
     """
-    return stream(x, *decide(x, policy, n_blocks, training), policy.capacity, policy.copies)
+    return stream(x, *decide(x, policy, n_blocks, training, attention_mask), policy.capacity, policy.copies)
 
 
 def stream(x, mask, scale=None, capacity: int | None = None, copies: int = 1) -> Samples | StaticSamples:
@@ -28,10 +28,10 @@ def stream(x, mask, scale=None, capacity: int | None = None, copies: int = 1) ->
 
 def streams(xs: tuple, policy, n_blocks: int, training: bool, *tensors) -> tuple:
     """Semantics: (one `samples` for each of xs, with its equal share of the blocks in order; *tensors), for streams
-    that read each other: block i of one sees the others' `before()`, what they held after block i - 1. The first of xs
-    is what the policy sees. Where shapes must not depend on the mask, `tensors` [B, ...] or None are repeated with xs.
+    that read each other: block i of one sees the others' `before()`, what they held after block i - 1. The first of xs,
+    and of tensors, its attention mask, is what the policy sees. Where shapes must not depend on the mask, `tensors` [B, ...] or None are repeated with xs.
     """
-    mask, scale = decide(xs[0], policy, n_blocks, training)
+    mask, scale = decide(xs[0], policy, n_blocks, training, *tensors[:1])
     share, copies = n_blocks // len(xs), policy.copies
     columns = [slice(k * share, (k + 1) * share) for k in range(len(xs))]
     owns = [(mask[:, own], None if scale is None else scale[:, own]) for own in columns]
@@ -42,9 +42,12 @@ def streams(xs: tuple, policy, n_blocks: int, training: bool, *tensors) -> tuple
     return [Samples(x, *own, copies, seen) for x, own in zip(xs, owns, strict=True)], *tensors
 
 
-def decide(x, policy, n_blocks: int, training: bool):
-    """Semantics: the policy's (mask, scale) for what enters the first block, checked."""
-    mask, scale = policy.masks(x, n_blocks, training)
+def decide(x, policy, n_blocks: int, training: bool, attention_mask=None):
+    """Semantics: the policy's (mask, scale) for what enters the first block, checked. attention_mask: the blocks' own,
+    by which a policy that pools over tokens leaves out padding.
+    """
+    told = {"real": _real(attention_mask)} if policy.pools else {}
+    mask, scale = policy.masks(x, n_blocks, training, **told)
     copies = policy.copies
     expected = (x.shape[0] * copies, n_blocks)
     if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != expected:
@@ -53,6 +56,16 @@ def decide(x, policy, n_blocks: int, training: bool):
             f"skip: mask is {got}, expected a bool tensor of shape (batch={expected[0]}, n_blocks={n_blocks})"
         )
     return mask, scale
+
+
+def _real(mask):
+    """[B or 1, T], True at tokens that are seen, of an attention mask in any of its forms; None: all are."""
+    if mask is None:
+        return None
+    row = mask[:, 0, 0] if mask.dim() == 4 else mask  # it depends on the key alone
+    if row.dim() != 2:
+        raise ValueError(f"skip: attention_mask has shape {tuple(mask.shape)}, expected [B, T] or [B, 1, Q, T]")
+    return row > -1 if row.is_floating_point() and mask.dim() == 4 else row.bool()  # additive, or what to keep
 
 
 class Samples:

@@ -16,11 +16,13 @@ class Policy:
     x [B, tokens, hidden] is what enters the first block. Where a scale is given a kept block gives x + scale *
     (block(x) - x). capacity: None, or how many samples at most run a block: then shapes do not depend on the mask
     (CUDA graphs, torch.compile), and of more samples that keep a block the first `capacity` run it. copies: how many
-    copies of the batch the blocks see.
+    copies of the batch the blocks see. pools: `masks` takes a further argument, real [B or 1, tokens] bool or None,
+    False at padding.
     """
 
     capacity: int | None = None
     copies: int = 1
+    pools: bool = False
 
     def masks(self, x: torch.Tensor, n_blocks: int, training: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         raise NotImplementedError(f"{type(self).__name__}.masks is not defined, expected every policy to define it")
@@ -93,13 +95,15 @@ class Bandit(Policy):
 
 class Router(nn.Module, Policy):
     """A learned router. Semantics: p = sigmoid(W mean_t(x) + b) is the probability of keeping each block; kept is p >
-    0.5.
+    0.5. The mean is over tokens that are not padding.
 
     Straight-through: kept blocks are scaled by 1 + p - stop_gradient(p), which is 1, so the loss trains W through
     what the kept blocks add. `penalty` of the last forward, (mean(p) - budget)^2, is to be added to the loss: budget
     is the share of blocks to keep. With capacity the `capacity` samples of the highest p run each block. The router's
     parameters are not the model's: give them to the optimizer, save them.
     """
+
+    pools = True
 
     def __init__(self, hidden: int, n_blocks: int, *, budget: float = 0.5, capacity: int | None = None):
         super().__init__()
@@ -110,16 +114,23 @@ class Router(nn.Module, Policy):
         nn.init.constant_(self.gate.bias, 1.0)
         self.budget, self.capacity, self.penalty = budget, _capacity(capacity, "Router"), None
 
-    def masks(self, x, n_blocks, training):
+    def masks(self, x, n_blocks, training, real=None):
         if n_blocks != self.gate.out_features:
             raise ValueError(f"Router: the model has {n_blocks} blocks, expected n_blocks={self.gate.out_features}")
-        p = torch.sigmoid(self.gate(x.detach().mean(1).to(self.gate.weight.dtype)))
+        p = torch.sigmoid(self.gate(_mean(x.detach(), real).to(self.gate.weight.dtype)))
         self.penalty = (p.mean() - self.budget) ** 2
         if self.capacity is None or self.capacity >= x.shape[0]:
             mask = p <= 0.5
         else:
             mask = torch.ones_like(p, dtype=torch.bool).scatter(0, p.topk(self.capacity, 0).indices, False)
         return mask.detach(), 1 + p - p.detach()
+
+
+def _mean(x, real):
+    if real is None:
+        return x.mean(1)
+    real = real[..., None]
+    return torch.where(real, x, 0).sum(1) / real.sum(1).clamp(min=1)
 
 
 class Callback(Policy):

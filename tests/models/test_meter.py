@@ -294,6 +294,37 @@ def test_candidates_share_what_they_have_in_common(patch):
             torch.testing.assert_close(got, model(**given).logits, rtol=1e-5, atol=1e-5)
 
 
+def test_policies():
+    model = tiny().train()
+    given = inputs(3)
+    gates = torch.linspace(-1, 1, 12, dtype=torch.float64)
+    router = skip.policies.Router(32, 12)
+    with torch.no_grad():
+        router.gate.weight.normal_(std=2.0)
+    for policy in (
+        skip.policies.RandomSkip(0.5),
+        skip.policies.Bandit(gates, 5),
+        router,
+        lambda x, n: x.sum((1, 2))[:, None].expand(-1, n) > 0,
+    ):
+        with skip.skip(model, policy):
+            model.zero_grad(set_to_none=True)
+            model(**given).logits.square().sum().backward()
+        adapters = [p for n, p in model.named_parameters() if "adapter" in n]
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in adapters)
+    assert router.gate.weight.grad.any()
+    model.eval()
+    with skip.skip(model, skip.policies.Bandit(gates, 5)):
+        got = model(**given).logits
+    with skip.skip(model, fastpetl.SkipPlan((7, 8, 9, 10, 11))):
+        torch.testing.assert_close(got, model(**given).logits)
+    alone = {name: value[:1] for name, value in given.items()}  # its last four text tokens are padding
+    short = {**alone, "input_ids": alone["input_ids"][:, :8], "attention_mask": alone["attention_mask"][:, :8]}
+    with skip.skip(model, router):
+        want = model(**short).logits
+        torch.testing.assert_close(model(**given).logits[:1], want, rtol=1e-4, atol=1e-4)
+
+
 def test_prune_drops_what_never_runs(tmp_path):
     model, given = tiny(), inputs()
     plan = fastpetl.SkipPlan((1, 4, 7))

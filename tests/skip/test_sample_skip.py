@@ -319,9 +319,12 @@ def test_router_gets_the_gradient_of_its_blocks_scale():
     seen = []
 
     class Known(policies.Policy):
-        def masks(self, x, n_blocks, training):
-            mask, _ = router.masks(x, n_blocks, training)
-            p = torch.sigmoid(router.gate(x.detach().mean(1))).detach()
+        pools = True
+
+        def masks(self, x, n_blocks, training, real):
+            mask, _ = router.masks(x, n_blocks, training, real)
+            means = [row[keep].mean(0) for row, keep in zip(x.detach(), real, strict=True)]
+            p = torch.sigmoid(router.gate(torch.stack(means))).detach()
             scale = torch.ones_like(p).requires_grad_()
             seen.append((p, scale))
             return mask, scale
@@ -333,6 +336,36 @@ def test_router_gets_the_gradient_of_its_blocks_scale():
     with fastpetl.skip(model, router):
         run(model).logits.square().sum().backward()
     assert want.abs().max() > 1e-6 and relative(router.gate.bias.grad, want) <= 1e-4
+
+
+def test_router_does_not_see_padding():
+    """A sample's choice does not depend on how long its neighbours are."""
+    torch.manual_seed(0)
+    router = policies.Router(32, 4)
+    torch.nn.init.normal_(router.gate.weight, std=2.0)
+    model, seen = tiny_vilt(), []
+    x = torch.randn(3, 9, 32)
+    padding = torch.zeros(3, 1, 1, 9)
+    padding[1, ..., 5:] = torch.finfo(torch.float32).min
+    other = x.clone()
+    other[1, 5:] = 9 * torch.randn(4, 32)
+
+    class Seen(policies.Policy):
+        pools = True
+
+        def masks(self, x, n_blocks, training, real):
+            mask, scale = router.masks(x, n_blocks, training, real)
+            seen.append((scale, mask))
+            return mask, None
+
+    with torch.no_grad(), fastpetl.skip(model, Seen()):
+        for states, mask in ((x, padding), (other, padding), (x[1:2, :5], None), (other, None), (x, padding[1:2] * 0)):
+            model.vilt.encoder(states, mask)
+        kept = model.vilt.encoder(x, padding).last_hidden_state[1, :5]
+        alone = model.vilt.encoder(x[1:2, :5]).last_hidden_state[0]
+    masks = [mask for _, mask in seen]
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0][1], masks[2][0])
+    assert not torch.equal(masks[3], masks[0]) and relative(kept, alone) <= 1e-5
 
 
 def test_callables():

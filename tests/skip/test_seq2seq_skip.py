@@ -195,6 +195,16 @@ def test_policies_decide_once_for_all_steps():
     assert router.gate.weight.grad.any()
 
 
+@pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_a_router_does_not_see_padding(kind):
+    model, router = build(kind), policies.Router(32, 4)
+    torch.nn.init.normal_(router.gate.weight, std=2.0)
+    data = given(kind, slice(2, 3))  # three of its tokens are padding
+    short = {**data, "input_ids": data["input_ids"][:, :4], "attention_mask": data["attention_mask"][:, :4]}
+    with skip.skip(model, router):
+        assert relative(model(**given(kind)).logits[2:], model(**short).logits) <= 1e-4
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_candidates_in_one_pass(kind):
     model, sets = build(kind), torch.tensor([[0, 1, 0, 1], [0, 1, 1, 0], [0, 0, 0, 0]]).bool()
