@@ -29,7 +29,8 @@ def stream(x, mask, scale=None, capacity: int | None = None, copies: int = 1) ->
 def streams(xs: tuple, policy, n_blocks: int, training: bool, *tensors) -> tuple:
     """Semantics: (one `samples` for each of xs, with its equal share of the blocks in order; *tensors), for streams
     that read each other: block i of one sees the others' `before()`, what they held after block i - 1. The first of xs,
-    and of tensors, its attention mask, is what the policy sees. Where shapes must not depend on the mask, `tensors` [B, ...] or None are repeated with xs.
+    and of tensors, its attention mask, is what the policy sees. Where shapes must not depend on the mask, `tensors`
+    [B, ...] or None are repeated with xs.
     """
     mask, scale = decide(xs[0], policy, n_blocks, training, *tensors[:1])
     share, copies = n_blocks // len(xs), policy.copies
