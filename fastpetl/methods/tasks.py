@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastpetl import skip
 from fastpetl.nn.tasks import TaskRouted
 
 __all__ = ["current_task", "task", "tasks"]
@@ -41,21 +42,12 @@ def task(model: nn.Module, name) -> _Setting:
     for one in name if isinstance(name, tuple) else () if name is None else (name,):
         if one not in known:
             raise ValueError(f"task: name is {one!r}, expected one of {', '.join(known)}")
-    if isinstance(name, tuple) and _skips_per_sample(model):
+    if isinstance(name, tuple) and skip.confuses_tasks(model):
         raise ValueError("task: blocks are skipped per sample, expected one task, or skip(model, None) before")
     before = [(module, module.__dict__.get(_KEY)) for module in routed]
     for module in routed:
         _set(module, name)
     return _Setting(before, name)
-
-
-def _skips_per_sample(model) -> bool:
-    from fastpetl import skip
-
-    try:
-        return isinstance(skip.current(model), skip.Policy)
-    except (TypeError, ValueError):  # no blocks of this model can be skipped
-        return False
 
 
 def current_task(model: nn.Module) -> str | tuple[str, ...] | None:

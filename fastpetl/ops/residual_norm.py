@@ -162,7 +162,8 @@ def _choose(tensors, tail, emit, eps, grad) -> str:
             return _torch(*tensors, tail, emit, eps, 0.0)
         if grad:
             return _ResidualNorm.apply(*tensors, tail, emit, eps, 0.0, name)
-        return run_forward(name, *tensors, tail, emit, eps, 0.0, False)[:2]
+        s, n, _ = run_forward(name, *tensors, tail, emit, eps, 0.0, False)
+        return (s if emit & SUM else None), (n if emit & NORM else None)
 
     names = backends.serving("residual_norm", "auto", x.device.type, x.dtype)
     wanted = tuple([t is not None and t.requires_grad for t in (x, f, weight, bias)]) if grad else f is None

@@ -45,6 +45,7 @@ class Seq2SeqFamily(SkipsSeq2Seq, Baselines):
     with their plain adapter classes and the new children: {class: (adapter class, {child: is cross-attention's})}.
     """
 
+    routes_samples = True  # with blocks skipped per sample, a kept row knows its task
     name: str
     module: str
     host_classes: tuple[str, ...]

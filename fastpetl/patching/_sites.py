@@ -76,6 +76,7 @@ class LayerTable(Baselines):
     """
 
     layer_classes: tuple[str, ...]
+    routes_samples = False  # with blocks skipped per sample, does a kept row know its task?
     outputs: dict[str, bool]
     queries_and_values: tuple[str, str]
     trains_norms = True

@@ -24,6 +24,17 @@ def blocks(model: nn.Module) -> list[Block]:
     return family.blocks(model, host)
 
 
+def confuses_tasks(model: nn.Module) -> bool:
+    """Semantics: are blocks of `model` skipped per sample, and would a block's kept rows not know which of the samples'
+    tasks is their own?
+    """
+    try:
+        family, host = registry.family_of(model, "skip")
+    except ValueError:
+        return False
+    return not family.routes_samples and isinstance(family.get_skip(host)[0], Policy)
+
+
 def current(model: nn.Module) -> SkipPlan | Policy | None:
     """Semantics: the plan or policy that is set, or None."""
     family, host = registry.family_of(model, "skip")
@@ -69,7 +80,7 @@ def skip(model: nn.Module, mask_or_plan, *, shortcut: str | None = None, capacit
         values, shortcut = mask_or_plan.mask(n_blocks), shortcut or mask_or_plan.shortcut
     elif mask_or_plan is not None and values is None:
         values = mask_values(mask_or_plan, n_blocks, "skip")
-    if isinstance(values, Policy) and mixed(model):  # a kept row would not know which of the tasks is its own
+    if isinstance(values, Policy) and mixed(model) and not family.routes_samples:
         raise ValueError("skip: a task for each sample is set, expected one task beside masks per sample")
     adapters = family.has_shortcut_adapters(host)
     if shortcut == "adapter" and not adapters:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 import fastpetl
 from fastpetl.methods.task_set import task_of
 from fastpetl.methods.tasks import current_task, tasks
-from vilt_tiny import everything, one_thread, relative, tiny_das  # noqa: F401
-from vl_tiny import TASKS, inputs, randomize, tiny, tiny_adapters
+from vilt_tiny import everything, one_thread, relative, tiny_das, tiny_vilt  # noqa: F401
+from vl_tiny import TASKS, inputs, randomize, tiny
 
 CONFIGS = {
     "single": fastpetl.AdapterConfig(tasks=TASKS, bottleneck=4),
@@ -220,9 +220,10 @@ def test_merged_lora_is_never_stale(kind):
         assert relative(grads[1][n], grad) <= (1e-4 if kind == "vlbart" else 1e-2), n
 
 
-def test_tasks_and_masks_per_sample_exclude_each_other():
-    """Of the rows a block keeps, none knows whose task it is: refused, whichever is set first."""
-    model = tiny_adapters("vlbart")
+def test_tasks_and_masks_per_sample_exclude_each_other_on_vilt():
+    """Of the rows a ViLT block keeps, none knows whose task it is: refused, whichever is set first."""
+    model = tiny_vilt()
+    fastpetl.attach(model, fastpetl.AdapterConfig(tasks=TASKS, sharing="multiple", bottleneck=4))
     masks = torch.zeros(2, len(fastpetl.blocks(model)), dtype=torch.bool)
     with fastpetl.skip(model, masks), pytest.raises(ValueError, match="task: blocks are skipped per sample"):
         fastpetl.task(model, list(TASKS[:2]))

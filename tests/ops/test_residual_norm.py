@@ -276,3 +276,16 @@ def test_errors(error, change):
     with pytest.raises((ValueError, TypeError)) as caught:
         ops.residual_norm(**given)
     assert str(caught.value).startswith("residual_norm: ") and error in str(caught.value)
+
+
+@pytest.mark.parametrize("emit", ["both", "norm"])
+@pytest.mark.skipif(not _cpu_isas(), reason="fastpetl._C is not built")
+def test_what_is_measured_is_what_is_emitted(emit, monkeypatch):
+    """A backend that is right is not rejected for an output nobody asked for."""
+    monkeypatch.setenv("FASTPETL_TUNE", "1")
+    backends.forget()
+    x, f = torch.randn(40, 96), torch.randn(40, 96)
+    with torch.no_grad():
+        ops.residual_norm(x, f, torch.ones(96), torch.zeros(96), emit=emit)
+    (found,) = (t for key, t in backends.tuned().items() if key[0] == "residual_norm")
+    assert not found.rejected and set(found.milliseconds) == {"cpp", "torch"}
