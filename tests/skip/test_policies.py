@@ -1,0 +1,153 @@
+"""Policies: who decides which blocks a sample skips, and what they learn from it."""
+
+import pytest
+import torch
+
+import fastpetl
+from fastpetl.skip import policies
+from skip.skip_cases import MASK, logits
+from vilt_tiny import everything, gradients, inputs, one_thread, pair, relative, run, tiny_das, tiny_vilt  # noqa: F401
+
+
+def drawn(policy, n=2000, blocks=4, training=True):
+    torch.manual_seed(0)
+    return policy.masks(torch.randn(n, 3, 8), blocks, training)
+
+
+def test_random_skip():
+    mask, scale = drawn(policies.RandomSkip([0.0, 0.25, 0.5, 0.9]))
+    assert torch.allclose(mask.float().mean(0), torch.tensor([0.0, 0.25, 0.5, 0.9]), atol=0.04)
+    assert torch.allclose(scale[0], torch.tensor([1.0, 4 / 3, 2.0, 10.0]))
+    assert drawn(policies.RandomSkip(0.5, scaled=False))[1] is None
+    mask, scale = drawn(policies.RandomSkip(0.5), training=False)
+    assert not mask.any() and scale is None
+    model = tiny_vilt().train()
+    fastpetl.skip(model, policies.RandomSkip(0.5))
+    assert not torch.equal(run(model, seed=1).logits, run(model, seed=2).logits)
+    for rate in (1.0, -0.1, [0.5, True]):
+        with pytest.raises(ValueError, match="RandomSkip: rate is .* expected numbers in"):
+            policies.RandomSkip(rate)
+    with pytest.raises(ValueError, match="RandomSkip: rate has 2 numbers, expected one or n_blocks=4"):
+        drawn(policies.RandomSkip([0.1, 0.2]))
+
+
+def test_scaled_blocks():
+    """A kept block adds scale times what it adds: stochastic depth keeps the expectation."""
+    model = tiny_vilt()
+
+    class Fixed(policies.Policy):
+        def masks(self, x, n_blocks, training):
+            return MASK[:2], torch.full((2, 4), 2.0)
+
+    x = torch.randn(2, 9, 32)
+    with fastpetl.skip(model, Fixed()):
+        got = model.vilt.encoder(x).last_hidden_state
+    for b in range(2):
+        y = x[b : b + 1]
+        for i, layer in enumerate(model.vilt.encoder.layer):
+            if not MASK[b, i]:
+                y = y + 2 * (layer(y)[0] - y)
+        assert relative(got[b : b + 1], y) <= 1e-5
+
+
+def test_bandit():
+    gates = torch.tensor([0.0, 3.0, -3.0, 0.0], dtype=torch.float64)
+    mask, _ = drawn(policies.Bandit(gates, 2))
+    assert (mask.sum(1) == 2).all() and mask[:, 1].float().mean() > 0.7 > 0.2 > mask[:, 2].float().mean()
+    mask, _ = drawn(policies.Bandit(gates + torch.tensor([0, 0, 0, 0.1]), 2), training=False)
+    assert mask.all(0).tolist() == [False, True, False, True]
+    assert not drawn(policies.Bandit(gates, 0))[0].any()
+    with pytest.raises(ValueError, match="Bandit: n_skip is 5, expected 0 to 4"):
+        policies.Bandit(gates, 5)
+
+
+def test_router_learns_what_to_keep():
+    model = tiny_das(patch=True).train()
+    router = policies.Router(32, 4, budget=0.5)
+    fastpetl.skip(model, router)
+    out = run(model).logits
+    assert not router.penalty.isnan() and router.gate.weight.grad is None
+    (out.square().sum() + router.penalty).backward()
+    assert router.gate.bias.grad.abs().min() > 0 and router.gate.weight.grad.any()
+    assert "router" not in str(model.state_dict().keys())
+    torch.nn.init.constant_(router.gate.bias, -9.0)
+    assert router.masks(torch.randn(3, 2, 32), 4, True)[0].all()
+    router.capacity = 1
+    assert (~router.masks(torch.randn(3, 2, 32), 4, True)[0]).sum(0).tolist() == [1] * 4
+    with pytest.raises(ValueError, match="Router: budget is 2, expected a share"):
+        policies.Router(8, 4, budget=2)
+    with pytest.raises(ValueError, match="Router: the model has 5 blocks, expected n_blocks=4"):
+        router.masks(torch.randn(3, 2, 32), 5, True)
+
+
+def test_router_gets_the_gradient_of_its_blocks_scale():
+    """Without the penalty: dp is the gradient of a scale of 1 on what the kept blocks add."""
+    model = tiny_das(patch=True).train()
+    router = policies.Router(32, 4)
+    torch.nn.init.normal_(router.gate.weight, std=0.3)
+    seen = []
+
+    class Known(policies.Policy):
+        pools = True
+
+        def masks(self, x, n_blocks, training, real):
+            mask, _ = router.masks(x, n_blocks, training, real)
+            means = [row[keep].mean(0) for row, keep in zip(x.detach(), real, strict=True)]
+            p = torch.sigmoid(router.gate(torch.stack(means))).detach()
+            scale = torch.ones_like(p).requires_grad_()
+            seen.append((p, scale))
+            return mask, scale
+
+    with fastpetl.skip(model, Known()):
+        run(model).logits.square().sum().backward()
+    p, scale = seen[0]
+    want = (scale.grad * p * (1 - p)).sum(0)
+    with fastpetl.skip(model, router):
+        run(model).logits.square().sum().backward()
+    assert want.abs().max() > 1e-6 and relative(router.gate.bias.grad, want) <= 1e-4
+
+
+def test_router_does_not_see_padding():
+    """A sample's choice does not depend on how long its neighbours are."""
+    torch.manual_seed(0)
+    router = policies.Router(32, 4)
+    torch.nn.init.normal_(router.gate.weight, std=2.0)
+    model, seen = tiny_vilt(), []
+    x = torch.randn(3, 9, 32)
+    padding = torch.zeros(3, 1, 1, 9)
+    padding[1, ..., 5:] = torch.finfo(torch.float32).min
+    other = x.clone()
+    other[1, 5:] = 9 * torch.randn(4, 32)
+
+    class Seen(policies.Policy):
+        pools = True
+
+        def masks(self, x, n_blocks, training, real):
+            mask, scale = router.masks(x, n_blocks, training, real)
+            seen.append((scale, mask))
+            return mask, None
+
+    with torch.no_grad(), fastpetl.skip(model, Seen()):
+        for states, mask in ((x, padding), (other, padding), (x[1:2, :5], None), (other, None), (x, padding[1:2] * 0)):
+            model.vilt.encoder(states, mask)
+        kept = model.vilt.encoder(x, padding).last_hidden_state[1, :5]
+        alone = model.vilt.encoder(x[1:2, :5]).last_hidden_state[0]
+    masks = [mask for _, mask in seen]
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0][1], masks[2][0])
+    assert not torch.equal(masks[3], masks[0]) and relative(kept, alone) <= 1e-5
+
+
+def test_callables():
+    model, seen = tiny_das(), []
+
+    def by_length(x, n_blocks):
+        seen.append(tuple(x.shape))
+        return MASK
+
+    assert torch.equal(logits(model, by_length), logits(model, MASK)) and seen[0][0] == 5
+    with pytest.raises(TypeError, match="Callback: function is int, expected a function"):
+        policies.Callback(3)
+    with pytest.raises(ValueError, match="Masks: mask is list, expected a bool tensor"):
+        policies.Masks([[True]])
+    with pytest.raises(NotImplementedError, match="Policy.masks is not defined, expected every policy to define it"):
+        policies.Policy().masks(None, 1, True)
