@@ -27,6 +27,7 @@ SHAPES = [
     (33, 768, 288, "gelu_tanh", dict(bias=False, residuals=1)),
     (70, 40, 48, "identity", dict(norm_bias=False, bias=False)),
     (65, 760, 48, "relu", dict(norm=False, bias=False, residuals=0)),
+    (1100, 56, 24, "gelu", {}),  # weight gradients are summed in slices of rows
 ]
 
 

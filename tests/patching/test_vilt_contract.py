@@ -221,7 +221,7 @@ def test_a_patch_that_raises_changes_nothing():
     with pytest.raises(TypeError, match="patch: filter_fn is int"):
         fastpetl.patch(model, filter_fn=3)
     with pytest.raises(RuntimeError, match="which cannot serve this call: the C"):
-        fastpetl.patch(copy.deepcopy(model).half(), backend="cpp")
+        fastpetl.patch(copy.deepcopy(model).double(), backend="cpp")
     assert everything(model) == before
     for function in (fastpetl.patch, fastpetl.unpatch, fastpetl.report):
         with pytest.raises(TypeError, match=f"{function.__name__}: model is str, expected a torch.nn.Module"):
