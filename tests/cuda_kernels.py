@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/cuda as CPU functions: compiled as C++ with tests/build/cuda_host.h and called on CPU tensors."""
+"""The CUDA kernels of csrc/cuda as CPU functions: compiled as C++ with tests/build/cuda_host.h, called on CPU tensors."""
 
 import ctypes
 import os
@@ -31,7 +31,7 @@ def _structure(name, pointers, ints, floats):
 
 
 FORWARD_IN = (
-    "x w_down b_down w_up b_up norm_weight norm_bias res1 res2 tail_weight tail_bias".split()  # in the order of the header
+    "x w_down b_down w_up b_up norm_weight norm_bias res1 res2 tail_weight tail_bias".split()  # as in the header
 )
 SiteForward = _structure(
     "SiteForward", [*FORWARD_IN, "s", "n", "z", "stats", "tail_stats"], _INTS, ("eps", "tail_eps", "scale")
