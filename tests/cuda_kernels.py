@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/cuda as CPU functions: compiled as C++ with tests/build/cuda_host.h, called on CPU tensors."""
+"""The CUDA kernels of csrc/cuda as CPU functions: compiled as C++ with tests/build/cuda_host.h."""
 
 import ctypes
 import os
