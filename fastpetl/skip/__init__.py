@@ -86,7 +86,7 @@ def skip(model: nn.Module, mask_or_plan, *, shortcut: str | None = None, capacit
     if shortcut == "adapter" and not adapters:
         raise ValueError(
             "skip: shortcut is 'adapter', but the model has no shortcut adapters: attach them with "
-            "fastpetl.attach(model, fastpetl.DASConfig(...)), or use shortcut='identity'"
+            "fastpetl.attach(model, fastpetl.DASConfig(...)) (ViLT and METER), or use shortcut='identity'"
         )
     shortcut = shortcut or ("adapter" if adapters else "identity")
     before = family.get_skip(host)
