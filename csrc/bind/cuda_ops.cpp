@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor, Tensor> cuda_adapter_forward(const Tensor& x, const T
   Tensor y = torch::stable::empty_like(x);
   Tensor z = torch::stable::new_empty(x, {save ? rows : 0, r});
   Tensor stats = torch::stable::new_empty(x, {save && norm_weight ? rows : 0, 2}, ScalarType::Float);
-  fp_cuda_adapter_args a{};
+  fp_cuda_site_forward a{};
   a.x = data("x", x, x, rows, d);
   a.w_down = data("w_down", w_down, x, r, d);
   a.b_down = data("b_down", b_down, x, r, 0);
@@ -73,14 +73,14 @@ std::tuple<Tensor, Tensor, Tensor> cuda_adapter_forward(const Tensor& x, const T
   a.norm_bias = data("norm_bias", norm_bias, x, d, 0);
   a.res1 = data("res1", res1, x, rows, d);
   a.res2 = data("res2", res2, x, rows, d);
-  a.y = y.mutable_data_ptr();
+  a.s = y.mutable_data_ptr();
   a.z = save ? z.mutable_data_ptr() : nullptr;
   a.stats = save && norm_weight ? static_cast<float*>(stats.mutable_data_ptr()) : nullptr;
   a.rows = rows, a.d = static_cast<int>(d), a.r = static_cast<int>(r);
-  a.activation = static_cast<int>(activation), a.add_x = add_x;
+  a.activation = static_cast<int>(activation), a.add_x = add_x, a.device = x.get_device_index();
   a.eps = static_cast<float>(eps), a.scale = static_cast<float>(scale);
-  const int error = fastpetl_cuda_adapter_forward(&a, dtype, fastpetl::current_cuda_stream(x.get_device_index()));
-  STD_TORCH_CHECK(error == 0, "cuda_adapter_forward: CUDA error ", error, " at launch (d + r may be at most 12288)");
+  const int error = fastpetl_cuda_site_forward(&a, dtype, fastpetl::current_cuda_stream(x.get_device_index()));
+  STD_TORCH_CHECK(error == 0, "cuda_adapter_forward: CUDA error ", error, " at launch (9: the bottleneck is too wide for this device's shared memory)");
   return {y, z, stats};
 }
 

@@ -1,90 +1,49 @@
-"""The CUDA kernels of csrc/cuda, compiled as C++ and run on the CPU by cuda_host.h, against plain torch in float64."""
-
-import ctypes
-import os
-import shutil
-import subprocess
-from pathlib import Path
+"""The site kernels of csrc/cuda, compiled as C++ and run on the CPU by cuda_host.h, against plain torch in float64."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from cuda_toolkit import include_dir
+import cuda_kernels as ck
 
-ROOT = Path(__file__).resolve().parents[2]
-CXX = os.environ.get("CXX", "g++")
-pytestmark = [
-    pytest.mark.skipif(include_dir() is None, reason="no CUDA toolkit: its headers define __half and __nv_bfloat16"),
-    pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler ({CXX})"),
-]
-DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-ACTIVATIONS = [
-    lambda z: z,
-    F.relu,
-    F.gelu,
-    lambda z: F.gelu(z, approximate="tanh"),
-    F.silu,
-]
-OPERANDS = ["x", "w_down", "b_down", "w_up", "b_up", "norm_weight", "norm_bias", "res1", "res2"]
-
-
-class Args(ctypes.Structure):
-    """fp_cuda_adapter_args of csrc/cuda/fastpetl_cuda.h."""
-
-    _fields_ = [
-        *[(name, ctypes.c_void_p) for name in [*OPERANDS, "y", "z", "stats"]],
-        ("rows", ctypes.c_int64),
-        *[(name, ctypes.c_int) for name in ("d", "r", "activation", "add_x")],
-        *[(name, ctypes.c_float) for name in ("eps", "scale")],
-    ]
+pytestmark = pytest.mark.skipif(bool(ck.WHY_NOT), reason=ck.WHY_NOT)
+ACTIVATIONS = [lambda z: z, F.relu, F.gelu, lambda z: F.gelu(z, approximate="tanh"), F.silu]
+EPS = dict(eps=1e-3, tail_eps=1e-4)
 
 
 @pytest.fixture(scope="module")
-def kernel(tmp_path_factory):
-    target = tmp_path_factory.mktemp("cuda_host") / "adapter.so"
-    command = [CXX, "-std=c++17", "-O1", "-shared", "-fPIC", "-include", Path(__file__).with_name("cuda_host.h")]
-    command += ["-isystem", include_dir(), f"-I{ROOT / 'csrc'}", "-o", target]
-    command += ["-x", "c++", ROOT / "csrc/cuda/adapter_forward.cu"]
-    subprocess.run([*map(str, command)], check=True)
-    return ctypes.CDLL(str(target)).fastpetl_cuda_adapter_forward
+def kernels(tmp_path_factory):
+    return ck.load(ck.compile_host(tmp_path_factory.mktemp("cuda_host") / "kernels.so"))
 
 
-def operands(rows, d, r, dtype, drop=()):
+def operands(rows, d, r, dtype, drop=(), offset=0.0):
     """Random operands with a canary row of NaN after each, so that reading past the end poisons the result."""
     shapes = {"x": (rows, d), "w_down": (r, d), "b_down": (r,), "w_up": (d, r), "b_up": (d,), "norm_weight": (d,)}
-    shapes |= {"norm_bias": (d,), "res1": (rows, d), "res2": (rows, d)}
+    shapes |= {"norm_bias": (d,), "res1": (rows, d), "res2": (rows, d), "tail_weight": (d,), "tail_bias": (d,)}
     made = {}
     for name, shape in shapes.items():
         if name in drop:
             continue
         size = {"w_down": d**-0.5, "w_up": r**-0.5}.get(name, 1.0)
         buffer = torch.full((shape[0] + 1, *shape[1:]), float("nan")).to(dtype)
-        made[name] = buffer[:-1].copy_(torch.randn(shape) * size)
+        made[name] = buffer[:-1].copy_(torch.randn(shape) * size + offset * (name == "x"))
     return made
 
 
-def run(kernel, t, dtype, activation=1, add_x=True, eps=1e-5, scale=1.0, save=True):
-    (rows, d), r = t["x"].shape, t["w_down"].shape[0]
-    y = torch.full((rows + 1, d), 7.0, dtype=dtype)
-    z = torch.full((rows + 1, r), 7.0, dtype=dtype)
-    stats = torch.full((rows + 1, 2), 7.0)
-    results = {"y": y, "z": z, "stats": stats} if save else {"y": y}
-    pointers = {name: tensor.data_ptr() for name, tensor in {**t, **results}.items()}
-    args = Args(rows=rows, d=d, r=r, activation=activation, add_x=add_x, eps=eps, scale=scale, **pointers)
-    assert kernel(ctypes.byref(args), DTYPES[dtype], None) == 0
-    assert all((out[-1] == 7.0).all() for out in (y, z, stats)), "wrote past the last row"
-    return y[:-1], z[:-1], stats[:-1]
-
-
-def reference(t, activation=1, add_x=True, eps=1e-5, scale=1.0, dtype=torch.float64):
-    t = {name: tensor.to(dtype) for name, tensor in t.items()}
-    x = n = t["x"]
+def reference(t, activation=1, add_x=True, tail=0, eps=1e-5, tail_eps=1e-6, scale=1.0, dtype=torch.float64):
+    t = {name: v.to(dtype) for name, v in t.items()}
+    x = u = t["x"]
     if "norm_weight" in t:
-        n = F.layer_norm(x, x.shape[-1:], t["norm_weight"], t.get("norm_bias"), eps)
-    z = F.linear(n, t["w_down"], t.get("b_down"))
-    y = scale * F.linear(ACTIVATIONS[activation](z), t["w_up"], t.get("b_up")) + (x if add_x else 0)
-    return y + t.get("res1", 0) + t.get("res2", 0), z
+        u = F.layer_norm(x, x.shape[-1:], t["norm_weight"], t.get("norm_bias"), eps)
+    z = F.linear(u, t["w_down"], t.get("b_down"))
+    s = scale * F.linear(ACTIVATIONS[activation](z), t["w_up"], t.get("b_up"))
+    s = s + (x if add_x else 0) + t.get("res1", 0) + t.get("res2", 0)
+    out = {"s": s, "z": z}
+    if tail == 1:
+        out["n"] = F.layer_norm(s, s.shape[-1:], t["tail_weight"], t.get("tail_bias"), tail_eps)
+    elif tail == 2:
+        out["n"] = F.rms_norm(s, s.shape[-1:], t["tail_weight"], tail_eps)
+    return out
 
 
 def check(ours, exact, torchs):
@@ -94,50 +53,102 @@ def check(ours, exact, torchs):
     assert (ours - exact).abs().max() <= 2 * (torchs - exact).abs().max() + floor
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "rows, d, r, drop",
-    [
-        (3, 96, 24, ()),  # one row to a block
-        (131, 64, 8, ()),  # four rows to a block, the last block with three
-        (2, 70, 13, ("b_down", "b_up", "norm_weight", "norm_bias", "res2")),  # sizes that divide nothing
-        (2, 40, 300, ("norm_bias", "res1", "res2")),  # bottleneck wider than the block
-        (1, 300, 1, ("norm_weight", "norm_bias")),
-    ],
-)
-def test_matches_torch(kernel, dtype, rows, d, r, drop):
+def check_stats(got, x, eps, rms=False):
+    x = x.double()
+    mean = torch.zeros(len(x)).double() if rms else x.mean(1)
+    expected = torch.stack([mean, ((x - mean[:, None]).square().mean(1) + eps).rsqrt()], 1)
+    torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+NO_NORM, NO_RES = ("norm_weight", "norm_bias"), ("res1", "res2")
+# rows, hidden, bottleneck, operands left out, tail: sizes that divide nothing, two chunks of everything, one of all
+SHAPES = [
+    (17, 96, 24, (), 1),
+    (3, 70, 13, ("b_down", "b_up", "norm_bias", "res2", "tail_bias"), 2),
+    (2, 40, 300, (*NO_NORM, *NO_RES), 0),  # two bottleneck tiles
+    (66, 136, 208, ("tail_bias",), 1),
+    (1, 300, 1, NO_NORM, 0),
+]
+
+
+@pytest.mark.parametrize("warps_m", [1, 4])
+@pytest.mark.parametrize("dtype", ck.DTYPES, ids=str)
+@pytest.mark.parametrize("rows, d, r, drop, tail", SHAPES)
+def test_forward_matches_torch(kernels, dtype, rows, d, r, drop, tail, warps_m):
     t = operands(rows, d, r, dtype, drop)
-    options = dict(activation=2, add_x=True, eps=1e-3, scale=0.7)
-    y, z, stats = run(kernel, t, dtype, **options)
-    exact, z_exact = reference(t, **options)
-    torchs, z_torchs = reference(t, **options, dtype=dtype)
-    check(y, exact, torchs)
-    check(z, z_exact, z_torchs)
+    options = dict(activation=2, scale=0.7, tail=tail, **EPS)
+    got = ck.site_forward(kernels, t, warps_m=warps_m, **options)
+    exact, torchs = reference(t, **options), reference(t, **options, dtype=dtype)
+    for name in exact:
+        check(got[name], exact[name], torchs[name])
     if "norm_weight" in t:
-        x = t["x"].double()
-        expected = torch.stack([x.mean(1), (x.var(1, unbiased=False) + 1e-3).rsqrt()], 1)
-        torch.testing.assert_close(stats.double(), expected, atol=1e-6, rtol=1e-5)
+        check_stats(got["stats"], t["x"], 1e-3)
+    if tail:
+        check_stats(got["tail_stats"], got["s"], 1e-4, tail == 2)
 
 
 @pytest.mark.parametrize("activation", range(5))
-def test_activations_and_no_residual(kernel, activation):
-    t = operands(2, 32, 16, torch.float32, ("res1", "res2"))
-    y, _, stats = run(kernel, t, torch.float32, activation=activation, add_x=False, save=False)
-    exact, _ = reference(t, activation=activation, add_x=False)
-    check(y, exact, reference(t, activation=activation, add_x=False, dtype=torch.float32)[0])
-    assert (stats == 7.0).all(), "wrote statistics that nobody asked for"
+def test_activations_and_nothing_saved(kernels, activation):
+    t = operands(2, 32, 16, torch.float32, NO_RES)
+    options = dict(activation=activation, add_x=False)
+    got = ck.site_forward(kernels, t, save=False, **options)
+    check(got["s"], reference(t, **options)["s"], reference(t, **options, dtype=torch.float32)["s"])
 
 
-def test_thread_order_does_not_matter(kernel, monkeypatch):
-    """A missing barrier shows as a difference between the two orders, or as the NaN that shared memory starts with."""
-    t = operands(3, 96, 24, torch.float32)
-    forward = run(kernel, t, torch.float32)
-    monkeypatch.setenv("CUDA_HOST_REVERSE", "1")
-    for a, b in zip(forward, run(kernel, t, torch.float32), strict=True):
+@pytest.mark.parametrize("warps_m", [1, 4])
+def test_only_the_norm_is_emitted(kernels, warps_m):
+    """The sum then passes through the norm's own memory."""
+    t = operands(5, 72, 24, torch.float16)
+    both = ck.site_forward(kernels, t, tail=1, warps_m=warps_m)
+    alone = ck.site_forward(kernels, t, tail=1, warps_m=warps_m, emit=2, save=False)
+    assert alone.keys() == {"n"} and torch.equal(alone["n"], both["n"])
+
+
+def test_a_large_mean_does_not_eat_the_variance(kernels):
+    t = operands(4, 64, 16, torch.float32, NO_RES, offset=3e3)
+    got = ck.site_forward(kernels, t, tail=1, eps=1e-5)
+    exact, torchs = reference(t, tail=1), reference(t, tail=1, dtype=torch.float32)
+    check(got["n"], exact["n"], torchs["n"])
+    check(got["z"], exact["z"], torchs["z"])
+
+
+def test_unaligned_operands_are_read_element_by_element(kernels):
+    t = operands(4, 64, 16, torch.bfloat16)
+    shifted = {}
+    for name, v in t.items():
+        buffer = torch.empty(v.numel() + 1, dtype=v.dtype)
+        shifted[name] = buffer[1:].view(v.shape).copy_(v)
+    for a, b in zip(ck.site_forward(kernels, t, tail=1).values(),
+                    ck.site_forward(kernels, shifted, tail=1).values(), strict=True):  # fmt: skip
         assert torch.equal(a, b)
 
 
-def test_refuses_what_does_not_fit(kernel):
-    t = operands(1, 12000, 400, torch.float32)
-    args = Args(rows=1, d=12000, r=400, **{name: tensor.data_ptr() for name, tensor in t.items()})
-    assert kernel(ctypes.byref(args), 0, None) == 1  # cudaErrorInvalidValue
+def test_infinite_and_nan_stay_in_their_rows(kernels):
+    t = operands(20, 64, 16, torch.bfloat16)
+    clean = ck.site_forward(kernels, t, tail=1)
+    t["x"][3, 5], t["x"][18, 60] = float("inf"), float("nan")
+    got = ck.site_forward(kernels, t, tail=1)
+    bad = torch.tensor([i in (3, 18) for i in range(20)])
+    assert got["s"][bad].isnan().all() and torch.equal(got["s"][~bad], clean["s"][~bad])
+    assert torch.equal(got["n"][~bad], clean["n"][~bad])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_thread_order_does_not_matter(kernels, monkeypatch, dtype):
+    """A missing barrier shows as a difference between the two orders, or as the NaN that shared memory starts with."""
+    t = operands(18, 136, 208, dtype)
+    forward = ck.site_forward(kernels, t, tail=1)
+    monkeypatch.setenv("CUDA_HOST_REVERSE", "1")
+    for name, again in ck.site_forward(kernels, t, tail=1).items():
+        assert torch.equal(forward[name], again), name
+
+
+def test_refuses_what_does_not_fit(kernels):
+    """fp32 rows of the bottleneck beyond shared memory; narrower ones take 16 rows to a block where 64 do not fit."""
+    t = operands(1, 8, 4000, torch.float32)
+    with pytest.raises(AssertionError, match="CUDA error 9"):  # cudaErrorInvalidConfiguration
+        ck.site_forward(kernels, t)
+    t = operands(1, 8, 1200, torch.float32)
+    with pytest.raises(AssertionError, match="CUDA error 9"):
+        ck.site_forward(kernels, t, warps_m=4)
+    assert not ck.site_forward(kernels, t)["s"].isnan().any()
