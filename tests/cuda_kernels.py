@@ -1,4 +1,4 @@
-"""The CUDA kernels of csrc/cuda as CPU functions: compiled as C++ with tests/build/cuda_host.h and called on CPU tensors."""
+"""The CUDA kernels of csrc/cuda as CPU functions: compiled as C++ with tests/build/cuda_host.h."""
 
 import ctypes
 import os
@@ -30,9 +30,8 @@ def _structure(name, pointers, ints, floats):
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
-FORWARD_IN = (
-    "x w_down b_down w_up b_up norm_weight norm_bias res1 res2 tail_weight tail_bias".split()  # in the order of the header
-)
+# Fields in the order of csrc/cuda/fastpetl_cuda.h.
+FORWARD_IN = "x w_down b_down w_up b_up norm_weight norm_bias res1 res2 tail_weight tail_bias".split()
 SiteForward = _structure(
     "SiteForward", [*FORWARD_IN, "s", "n", "z", "stats", "tail_stats"], _INTS, ("eps", "tail_eps", "scale")
 )
@@ -102,20 +101,22 @@ def site_forward(kernels, t, *, emit=3, save=True, activation=1, add_x=True, tai
 def site_backward(kernels, t, *, want=7, activation=1, add_x=True, tail=0, scale=1.0, warps_m=0):
     """Runs the backward kernel on `t`: a dict of g, dx, dz, h, tail_partial. want: 1 dx, 2 h, 4 tail_partial."""
     (rows, r), d, dtype = t["z"].shape, t["w_down"].shape[1], t["z"].dtype
+    args = SiteBackward(
+        rows=rows, d=d, r=r, activation=activation, add_x=add_x, tail=tail, warps_m=warps_m, scale=scale,
+        **{k: pointer(v) for k, v in t.items()},
+    )  # fmt: skip
     made = {"dz": guarded((rows, r), dtype)}
     if t.get("g_n") is not None:
         made["g"] = guarded((rows, d), dtype)
         if want & 4:
-            block = kernels["site_block_rows"](ctypes.c_int64(rows), warps_m)
+            block = kernels["site_block_rows"](ctypes.byref(args), DTYPES[dtype])
             made["tail_partial"] = guarded((-(-rows // block), 2, d), torch.float32)
     if want & 1:
         made["dx"] = guarded((rows, d), dtype)
     if want & 2:
         made["h"] = guarded((rows, r), dtype)
-    args = SiteBackward(
-        rows=rows, d=d, r=r, activation=activation, add_x=add_x, tail=tail, warps_m=warps_m, scale=scale,
-        **{k: pointer(v) for k, v in t.items()}, **{k: pointer(v) for k, (v, _) in made.items()},
-    )  # fmt: skip
+    for name, (tensor, _) in made.items():
+        setattr(args, name, pointer(tensor))
     error = kernels["site_backward"](ctypes.byref(args), DTYPES[dtype], None)
     assert error == 0, f"CUDA error {error}"
     for _, check in made.values():

@@ -19,4 +19,34 @@ struct fp_cuda_site_forward {
   float eps, tail_eps, scale;
 };
 
-extern "C" int fastpetl_cuda_site_forward(const fp_cuda_site_forward* args, int dtype, void* stream);
+// Its backward over the rows. g = g_s + (gradient of s through the tail), dz = scale * (g Wu) * act'(z),
+// dx = (gradient of x through own and Wd) + [g]. The parameters' gradients are products over the rows of what comes
+// back: dWd = dz^T own(x), dWu = scale * g^T h.
+struct fp_cuda_site_backward {
+  const void *g_s, *g_n, *s, *tail_weight;             // g_s may be null with g_n; s, tail_weight, tail_stats: with g_n
+  const void *x, *z, *w_down, *w_up, *norm_weight;     // x and stats: with norm_weight
+  const float *stats, *tail_stats;
+  void *g;              // [rows, d]; with g_n only, else g is g_s
+  void *dx, *dz, *h;    // [rows, d] or null; [rows, r]; act(z) [rows, r] or null
+  float* tail_partial;  // [blocks, 2, d] or null: each block's share of (sum g_n * normalised s, sum g_n)
+  int64_t rows;
+  int d, r, activation, add_x, tail, device, warps_m;
+  float scale;
+};
+
+extern "C" {
+int fastpetl_cuda_site_forward(const fp_cuda_site_forward* args, int dtype, void* stream);
+int fastpetl_cuda_site_backward(const fp_cuda_site_backward* args, int dtype, void* stream);
+// Rows of a block of that launch: tail_partial has rows / this, rounded up, blocks.
+int fastpetl_cuda_site_block_rows(const fp_cuda_site_backward* args, int dtype);
+
+// y[i] = x[index[i]] for i < count, zeros behind; count null: for all m. Rows of `bytes` bytes.
+int fastpetl_cuda_gather_rows(const void* x, const int64_t* index, const int64_t* count, void* y, int64_t n, int64_t m,
+                              int64_t bytes, int device, void* stream);
+// y[index[i]] = rows[i], or zeros where rows is null, for i < count; the rest of y is left as it is.
+int fastpetl_cuda_scatter_rows(const void* rows, const int64_t* index, const int64_t* count, void* y, int64_t n,
+                               int64_t m, int64_t bytes, int device, void* stream);
+// y[j] = sum of rows[i] over i < count with index[i] == j, added in the order of i. Rows of d numbers.
+int fastpetl_cuda_add_rows(const void* rows, const int64_t* index, const int64_t* count, void* y, int64_t n, int64_t m,
+                           int64_t d, int dtype, int device, void* stream);
+}

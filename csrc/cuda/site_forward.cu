@@ -189,7 +189,7 @@ struct Site {
 };
 
 template <typename T, int WM>
-__global__ void __launch_bounds__(THREADS) site_forward(Args a, bool vec_d, bool vec_r) {
+__global__ void __launch_bounds__(THREADS, WM == 4 ? 2 : 3) site_forward(Args a, bool vec_d, bool vec_r) {
   FP_DYN_SMEM(unsigned char, smem);
   const Site<T, WM> site(a, smem, vec_d, vec_r);
   if (a.norm_weight) {
@@ -222,11 +222,7 @@ int launch(const Args& a, cudaStream_t stream) {
 
 template <typename T>
 int pick(const Args& a, cudaStream_t stream) {
-  if (rows_warps(a.rows, a.warps_m) == 4) {
-    const int error = launch<T, 4>(a, stream);
-    if (error != cudaErrorInvalidConfiguration || a.warps_m) return error;
-  }
-  return launch<T, 1>(a, stream);  // few rows, or a bottleneck too wide for 64 of them
+  return rows_warps<T, false>(a.rows, a.r, a.device, a.warps_m) == 4 ? launch<T, 4>(a, stream) : launch<T, 1>(a, stream);
 }
 
 }  // namespace

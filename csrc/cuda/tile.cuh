@@ -208,16 +208,24 @@ inline bool aligned(std::initializer_list<const void*> pointers) {
   return bits % 16 == 0;
 }
 
-// 64-row blocks share what they read of the weights; few rows are better spread over the SMs.
-inline int rows_warps(int64_t rows, int wanted) { return wanted ? wanted : rows > 4096 ? 4 : 1; }
+inline int shared_limit(int device) {
+  int limit = 0;
+  return cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) ? 0 : limit;
+}
+
+// 16-row tiles to a block. Blocks of 64 rows share what they read of the weights; few rows are better spread over the
+// SMs, and with a wide bottleneck 64 rows do not fit this device.
+template <typename T, bool BACKWARD>
+int rows_warps(int64_t rows, int r, int device, int wanted) {
+  if (wanted) return wanted;
+  return rows > 4096 && Layout<T, 4, BACKWARD>(r).total <= shared_limit(device) ? 4 : 1;
+}
 
 // Lets KERNEL have `smem` bytes; an error where this device has less.
 template <typename K>
 int allow_shared(K* kernel, int smem, int device) {
-  int limit = 0;
   if (const int error = cudaSetDevice(device)) return error;  // this library's own runtime: torch's guard may not reach it
-  if (const int error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
-  if (smem > limit) return cudaErrorInvalidConfiguration;
+  if (smem > shared_limit(device)) return cudaErrorInvalidConfiguration;
   return smem <= 48 * 1024 ? 0 : cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem);
 }
 

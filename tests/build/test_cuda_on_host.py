@@ -152,3 +152,87 @@ def test_refuses_what_does_not_fit(kernels):
     with pytest.raises(AssertionError, match="CUDA error 9"):
         ck.site_forward(kernels, t, warps_m=4)
     assert not ck.site_forward(kernels, t)["s"].isnan().any()
+
+
+# --- backward -----------------------------------------------------------------------------------------------------------
+
+
+def saved(t, **options):
+    """What a perfect forward keeps for the backward, in t's dtype."""
+    exact = reference(t, **options)
+    kept = {"s": exact["s"], "z": exact["z"], "n": exact.get("n")}
+    kept = {name: None if v is None else v.to(t["x"].dtype) for name, v in kept.items()}
+    for name, v, eps, rms in (("stats", t["x"], options["eps"], False),
+                              ("tail_stats", kept["s"], options["tail_eps"], options["tail"] == 2)):  # fmt: skip
+        v = v.double()
+        mean = v.mean(1, keepdim=True) * (not rms)
+        kept[name] = torch.cat([mean, ((v - mean).square().mean(1, keepdim=True) + eps).rsqrt()], 1).float()
+    return kept
+
+
+def gradients(t, g_s, g_n, dtype, **options):
+    """torch's gradients of x, res1 (all of s's), tail_weight, tail_bias, w_down, w_up."""
+    leaves = {name: v.to(dtype).requires_grad_() for name, v in t.items()}
+    out = reference(leaves, **options, dtype=dtype)
+    outs = [(out["s"], g_s)] * (g_s is not None) + [(out.get("n"), g_n)] * (g_n is not None)
+    torch.autograd.backward([o for o, _ in outs], [g.to(dtype) for _, g in outs])
+    return {name: leaf.grad for name, leaf in leaves.items()}
+
+
+@pytest.mark.parametrize("warps_m", [1, 4])
+@pytest.mark.parametrize("dtype", ck.DTYPES, ids=str)
+@pytest.mark.parametrize("rows, d, r, drop, tail", SHAPES)
+def test_backward_matches_torch(kernels, dtype, rows, d, r, drop, tail, warps_m):
+    t = operands(rows, d, r, dtype, [name for name in drop if name != "res1"])
+    options = dict(activation=2, scale=0.7, tail=tail, add_x=rows != 3, **EPS)
+    g_n = torch.randn(rows, d).to(dtype) if tail else None
+    g_s = None if rows == 17 else torch.randn(rows, d).to(dtype)  # with a tail the sum may have no gradient of its own
+    kept = saved(t, **options)
+    given = {k: t[k] for k in ("x", "w_down", "w_up", "norm_weight", "tail_weight") if k in t}
+    given |= {"g_s": g_s, "z": kept["z"], "stats": kept["stats"]}
+    if tail:
+        given |= {"g_n": g_n, "s": kept["s"], "tail_stats": kept["tail_stats"]}
+    got = ck.site_backward(kernels, given, activation=2, scale=0.7, tail=tail, add_x=options["add_x"], warps_m=warps_m)
+    exact = gradients(t, g_s, g_n, torch.float64, **options)
+    torchs = gradients(t, g_s, g_n, dtype, **options)
+    check(got["dx"], exact["x"], torchs["x"])
+    if tail:
+        check(got["g"], exact["res1"], torchs["res1"])
+        weight, bias = got["tail_partial"].sum(0)
+        check(weight.to(dtype), exact["tail_weight"], torchs["tail_weight"])
+        if "tail_bias" in t:
+            check(bias.to(dtype), exact["tail_bias"], torchs["tail_bias"])
+    g = got.get("g", g_s).double()
+    check((0.7 * g.T @ got["h"].double()).to(dtype), exact["w_up"], torchs["w_up"])
+    u = F.layer_norm(t["x"].double(), (d,), *(t.get(k, torch.zeros(d)).double() for k in NO_NORM), 1e-3)
+    u = u if "norm_weight" in t else t["x"].double()
+    check((got["dz"].double().T @ u).to(dtype), exact["w_down"], torchs["w_down"])
+
+
+@pytest.mark.parametrize("activation", range(5))
+def test_backward_activations_and_only_what_is_wanted(kernels, activation):
+    t = operands(2, 32, 16, torch.float32, NO_RES)
+    options = dict(activation=activation, add_x=False, tail=0, **EPS)
+    kept, g = saved(t, **options), torch.randn(2, 32)
+    given = {k: t[k] for k in ("x", "w_down", "w_up", "norm_weight")} | {
+        "g_s": g,
+        "z": kept["z"],
+        "stats": kept["stats"],
+    }
+    got = ck.site_backward(kernels, given, activation=activation, add_x=False, want=1)
+    exact, torchs = (gradients(t, g, None, dtype, **options) for dtype in (torch.float64, torch.float32))
+    check(got["dx"], exact["x"], torchs["x"])
+    alone = ck.site_backward(kernels, given, activation=activation, add_x=False, want=0)
+    assert alone.keys() == {"dz"} and torch.equal(alone["dz"], got["dz"])
+
+
+def test_backward_thread_order_does_not_matter(kernels, monkeypatch):
+    t = operands(18, 136, 208, torch.bfloat16)
+    kept = saved(t, activation=1, tail=1, **EPS)
+    given = {k: t[k] for k in ("x", "w_down", "w_up", "norm_weight", "tail_weight")}
+    given |= {k: kept[k] for k in ("s", "z", "stats", "tail_stats")}
+    given |= {"g_n": torch.randn(18, 136).bfloat16(), "g_s": torch.randn(18, 136).bfloat16()}
+    forward = ck.site_backward(kernels, given, tail=1)
+    monkeypatch.setenv("CUDA_HOST_REVERSE", "1")
+    for name, again in ck.site_backward(kernels, given, tail=1).items():
+        assert torch.equal(forward[name], again), name
