@@ -9,7 +9,7 @@
   T* NAME = reinterpret_cast<T*>(fp_dyn_smem)
 #endif
 
-// A block-wide barrier with a name. A test leaves one out (-DFP_PLANTED=...) to see that the race is then reported.
+// A block-wide barrier with a name. On the CPU a test leaves one out (FP_PLANTED) to see that the race is then reported.
 enum FpBarrier { FP_NONE, FP_STATS, FP_REUSE, FP_CHUNK, FP_BOTTLENECK, FP_PANEL, FP_SUM, FP_LIST };
 #ifndef FP_PLANTED
 #define FP_PLANTED FP_NONE

@@ -65,14 +65,13 @@ __global__ void __launch_bounds__(THREADS) add(const T* rows, const int64_t* ind
     FP_SYNC(FP_LIST);
     int before = __popc(found & ((1u << lane) - 1)), total = 0;
     for (int w = 0; w < WARPS; ++w) before += w < warp ? shares[w] : 0, total += shares[w];
-    if (mine) list[before] = threadIdx.x;
-    __syncthreads();
+    if (mine) list[before] = threadIdx.x;  // everybody has read the list before: the barrier above
+    FP_SYNC(FP_CHUNK);
     for (int k = 0; k < total; ++k) {
       const int64_t from = chunk + list[k], to = index[from];
       for (int64_t c = threadIdx.x; c < d; c += THREADS)
         y[to * d + c] = static_cast<T>(static_cast<float>(y[to * d + c]) + static_cast<float>(rows[from * d + c]));
     }
-    FP_SYNC(FP_REUSE);  // the list is read before the next chunk overwrites it
   }
 }
 

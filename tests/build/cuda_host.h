@@ -235,6 +235,12 @@ inline void launch(dim3 grid, dim3 threads, size_t smem, std::function<void()> b
   }
 }
 
+// The number of the barrier (FpBarrier) that this process leaves out, to plant a race: CUDA_HOST_PLANTED.
+inline int planted() {
+  static const int number = std::getenv("CUDA_HOST_PLANTED") ? std::atoi(std::getenv("CUDA_HOST_PLANTED")) : 0;
+  return number;
+}
+
 inline cudaError_t ok() { return cudaSuccess; }
 
 inline float half_of(uint32_t bits, int i, bool bf16) {
@@ -305,6 +311,7 @@ inline void ldmatrix(uint32_t (&r)[4], const void* row, bool trans) {
 #ifndef CUDA_HOST_SHARED
 #define CUDA_HOST_SHARED 232448  // bytes a block may have: sm_90's and sm_100's
 #endif
+#define FP_PLANTED ::cuda_host::planted()
 #define FP_UNPAREN(...) __VA_ARGS__
 #define FP_LAUNCH(KERNEL, GRID, BLOCK, SMEM, STREAM, ...) \
   ::cuda_host::launch(dim3(GRID), dim3(BLOCK), SMEM, [=] { (void)STREAM; FP_UNPAREN KERNEL(__VA_ARGS__); })

@@ -1,5 +1,6 @@
 """What is inside the compiled module: CUDA images, registrations, and no instruction an older CPU cannot run."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -44,8 +45,26 @@ def test_cuda_kernels_use_no_stack_and_no_local_memory():
     archs = set(re.findall(r"^arch = sm_(\w+)", said, re.M))
     assert archs == {arch.removesuffix("+PTX") for arch in re.split("[;, ]+", build_info()["cuda_archs"])}
     kernels = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
-    assert len(kernels) >= 6 * len(archs)  # three dtypes, two block shapes
+    assert len(kernels) >= 19 * len(
+        archs
+    )  # the site's two directions in three dtypes and two block shapes; seven of rows
     assert [kernel for kernel in kernels if kernel[2] != "0" or kernel[3] != "0"] == []
+
+
+def test_half_precision_sites_run_on_tensor_cores():
+    """mma.sync, ldmatrix and cp.async survive compilation in every fp16 and bf16 site kernel; fp32 has no tf32."""
+    if not build_info()["cuda"]:
+        pytest.skip("built without CUDA")
+    if cuobjdump() is None:
+        pytest.skip("cuobjdump comes with triton, which is not installed")
+    environment = {**os.environ, "PATH": f"{cuobjdump().parent}{os.pathsep}{os.environ['PATH']}"}  # it calls nvdisasm
+    said = subprocess.check_output([cuobjdump(), "-sass", BUILT.__file__], text=True, env=environment)
+    kernels = re.findall(r"Function : (\S*site_(?:for|back)ward\S*)(.*?)(?=Function :|\Z)", said, re.S)
+    assert len(kernels) == 12 * len(re.split("[;, ]+", build_info()["cuda_archs"]))
+    for name, code in kernels:
+        found = {what for what in ("HMMA", "LDSM", "LDGSTS") if what in code}
+        half = "__half" in name or "__nv_bfloat16" in name
+        assert found == ({"HMMA", "LDSM", "LDGSTS"} if half else {"LDGSTS"}), name
 
 
 def test_no_object_shares_code_with_an_isa_object():
