@@ -16,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may need the network
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
+if os.environ.get("FASTPETL_TEST_DEVICE"):  # where the op tests make their tensors (benchmarks/gpu_suite.py: cuda)
+    torch.set_default_device(os.environ["FASTPETL_TEST_DEVICE"])
 torch.set_num_threads(2)  # the same sums, and the same speed, on every machine
 
 if os.environ.get("TRITON_INTERPRET") == "1" and all(map(importlib.util.find_spec, ("triton", "interp_patch"))):

@@ -1,6 +1,7 @@
 """Shared by the op tests: backends with a reason when they cannot run here, random arguments, the rule of tolerance."""
 
 import contextlib
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from fastpetl import backends
 from fastpetl._build import extension
 
-DEVICE = "cpu"
+DEVICE = os.environ.get("FASTPETL_TEST_DEVICE", "cpu")  # conftest.py makes it the default device
 
 
 def _cpu_isas():

@@ -1,0 +1,383 @@
+"""The stages of the GPU suite (gpu_suite.py): each a function of its limit in seconds that returns a JSON value."""
+
+import concurrent.futures
+import contextlib
+import copy
+import functools
+import importlib.util
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SUITE = Path(__file__).with_name("gpu_suite.py")
+AUTOTUNED = ("adapter/r96", "site/vilt", "residual_norm")  # max-autotune compiles for minutes: only these
+
+
+def gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def size():
+    from fastpetl.bench import cases
+
+    return cases.Size(rows=16384, batch=64) if gpu() else cases.TINY
+
+
+def dtypes() -> dict:
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def run(command, limit: float, **env) -> dict:
+    """Semantics: {"ok", "seconds", "tail"} of a command; a limit that is reached, or a missing program, is not ok."""
+    start = time.time()
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, timeout=limit, capture_output=True, text=True, env={**os.environ, **env}, check=False
+        )
+        ok, text = done.returncode == 0, done.stdout + done.stderr
+    except (subprocess.TimeoutExpired, FileNotFoundError) as error:
+        ok, text = False, str(error)
+    return {"ok": ok, "seconds": round(time.time() - start, 1), "tail": text[-6000:]}
+
+
+# --- stages: each returns a JSON value --------------------------------------------------------------------------------
+
+
+def facts(limit):
+    import torch
+
+    from fastpetl import info
+
+    found = {"fastpetl": info.gather()["versions"], "gpu": gpu()}
+    commit = run(["git", "rev-parse", "HEAD"], 10)
+    found["commit"] = commit["tail"].strip() if commit["ok"] else os.environ.get("FASTPETL_COMMIT", "not known")
+    if gpu():
+        p = torch.cuda.get_device_properties(0)
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+        found |= {"device": p.name, "sms": p.multi_processor_count, "smi": run(query, 20)["tail"].strip()}
+        found["copy_tbs"] = copy_rate(1 << 31) / 1e12
+        a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+        found["bf16_tflops"] = 2 * 8192**3 / seconds(lambda: a @ b) / 1e12
+    return found
+
+
+def build(limit):
+    env = {"FASTPETL_REQUIRE_EXT": "1"}
+    if gpu():
+        import torch
+
+        major, minor = torch.cuda.get_device_capability()
+        env["FASTPETL_CUDA_ARCH_LIST"] = f"{major}{minor}" + ("a" if major >= 9 else "")
+    else:
+        env["FASTPETL_CUDA"] = "0"
+    return run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], limit, **env)
+
+
+def tests(limit):
+    """The op tests that have a backend for the GPU, on its tensors."""
+    if not gpu():
+        return run([sys.executable, "-m", "pytest", "-q", "tests/ops/test_errors.py"], limit)
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-k", "triton or cuda or interpreter"]
+    command += ["tests/ops", "tests/kernels", "--ignore=tests/kernels/test_aot.py"]
+    if importlib.util.find_spec("xdist"):
+        command += ["-n", str(max(1, (os.cpu_count() or 2) // 2))]
+    found = run(command, limit - 5, FASTPETL_TEST_DEVICE="cuda")
+    print(found["tail"])
+    return found
+
+
+def checks(limit):
+    """Every case x dtype x backend by the two-times rule: small in each setting, and at a layer's width."""
+    from fastpetl.bench import cases
+
+    tasks = [(i, short) for i in range(len(cases.CASES)) for short in dtypes()]
+    if not gpu():
+        return [row for task in tasks for row in check(*task)]
+    import torch
+
+    # Most of the time is Triton compiling: several processes.
+    with concurrent.futures.ProcessPoolExecutor(6, multiprocessing.get_context("spawn")) as pool:
+        rows = [row for found in pool.map(check, *zip(*tasks, strict=True)) for row in found]
+    if torch.cuda.device_count() == 1:
+        rows.append({"setting": "not the current device", "ok": True, "why": "one GPU: cannot be tried"})
+    return rows
+
+
+def check(case_index: int, short: str) -> list[dict]:
+    sys.path.insert(0, str(ROOT))
+    from fastpetl.bench import cases
+
+    case, rows, device = cases.CASES[case_index], [], "cuda" if gpu() else "cpu"
+    for name in serving(case, device, dtypes()[short]):
+        head = {"case": case.name, "dtype": short, "backend": name}
+        try:
+            built = case.build(cases.TINY, cases.Maker(dtypes()[short], device, seed=3))
+            rows += [{**head, "setting": s, **agrees(case, built, name, c)} for s, c in settings().items()]
+            if gpu():
+                rows.append({**head, **captured(built, name)})
+                wide = case.build(cases.Size(rows=1100), cases.Maker(dtypes()[short], device, seed=4))
+                rows.append({**head, "setting": "wide", **agrees(case, wide, name, contextlib.nullcontext)})
+        except Exception as error:  # a line in the table, and the next case goes on
+            rows.append({**head, "setting": "build", "ok": False, "why": f"{type(error).__name__}: {error}"[:300]})
+    return rows
+
+
+def agrees(case, built, name, context) -> dict:
+    from fastpetl.bench import ops
+
+    with context():
+        try:
+            functions = {"eager": built.formula, name: built.fused(name)}
+            ops.verify(built, functions, ops.cotangents(built), case.name)
+            return {"ok": True}
+        except (RuntimeError, ValueError) as error:
+            return {"ok": False, "why": str(error)[:300]}
+
+
+def serving(case, device, dtype) -> list[str]:
+    """Semantics: the backends that serve the case; a site's must also be the adapter's."""
+    from fastpetl import backends
+
+    ops = {case.op, "adapter"} if case.name.startswith("site/") else {case.op}
+    return [n for n in backends.BACKENDS[case.op] if all(backends.verify(op, n, device, dtype)[0] for op in ops)]
+
+
+def settings() -> dict:
+    """Semantics: name -> a context in which the ops must give the same numbers."""
+    if not gpu():
+        return {"default": contextlib.nullcontext}
+    import torch
+
+    found = {"default": contextlib.nullcontext, "stream": lambda: torch.cuda.stream(torch.cuda.Stream())}
+    if torch.cuda.device_count() > 1:
+        found["not the current device"] = lambda: torch.cuda.device(1)
+    return found
+
+
+def captured(built, name) -> dict:
+    """Semantics: the forward captured in a CUDA graph gives the same bits as outside."""
+    import torch
+
+    from fastpetl.bench import ops
+
+    try:
+        want = ops.results(built.fused(name), built.inputs)
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                ops.results(built.fused(name), built.inputs)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            got = ops.results(built.fused(name), built.inputs)
+        graph.replay()
+        same = all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        return {"setting": "graph", "ok": same, "why": "" if same else "other bits than outside the graph"}
+    except RuntimeError as error:
+        return {"setting": "graph", "ok": False, "why": str(error)[:300]}
+
+
+def sanitizer(limit):
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not gpu() or not Path(tool).exists():
+        return {"ok": None, "why": "no GPU" if not gpu() else f"{tool} is not installed"}
+    own = [sys.executable, str(SUITE), "--stage", "small"]
+    command, tools = [tool, "--error-exitcode", "9", "--tool"], ("memcheck", "racecheck")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = dict(zip(tools, pool.map(lambda t: run([*command, t, *own], limit - 3), tools), strict=True))
+    return {"ok": all(f["ok"] for f in found.values()), **found}
+
+
+def small(limit):
+    """What compute-sanitizer looks at: a forward and backward of each kind of kernel on each GPU backend."""
+    from fastpetl.bench import cases, ops
+
+    device = "cuda" if gpu() else "cpu"
+    first = {case.op: case for case in reversed(cases.CASES)}  # one of each op
+    for case in first.values():
+        built = case.build(cases.TINY, cases.Maker(dtypes()["fp16"], device, seed=3))
+        for name in serving(case, device, dtypes()["fp16"]):
+            ops.results(built.fused(name), built.inputs, ops.cotangents(built))
+    copied_rows(device)
+    return {"ok": True}
+
+
+def copied_rows(device):
+    """Rows gathered and put back, which no case does."""
+    import torch
+
+    import fastpetl.ops
+
+    x = torch.randn(9, 40, device=device, dtype=dtypes()["fp16"], requires_grad=True)
+    index, count = torch.tensor([3, 0, 7], device=device), torch.tensor([2], device=device)
+    y = fastpetl.ops.gather_rows(x, index, count)
+    fastpetl.ops.scatter_rows(x, 2 * y, index, count).sum().backward()
+
+
+def spills(limit):
+    """Registers and spills of what Triton compiled for this GPU; ahead of time all are 0 (tests/kernels)."""
+    if not gpu():
+        return {"ok": None, "why": "no GPU: tests/kernels/test_aot.py reads them from ahead-of-time compiles"}
+    from fastpetl.bench import cases, ops
+
+    first = {case.op: case for case in reversed(cases.CASES)}
+    for rows in (1000, 16384):
+        for case in [c for c in cases.CASES if c.name.startswith(("adapter", "site")) or first[c.op] is c]:
+            built = case.build(cases.Size(rows=rows), cases.Maker(dtypes()["bf16"], "cuda", seed=3))
+            if "triton" in serving(case, "cuda", dtypes()["bf16"]):
+                ops.results(built.fused("triton"), built.inputs, ops.cotangents(built))
+    copied_rows("cuda")
+    import fastpetl.kernels
+
+    found = []
+    for file in sorted(Path(fastpetl.kernels.__path__[0]).glob("*_kernels.py")):
+        module = importlib.import_module(f"fastpetl.kernels.{file.stem}")
+        for name, kernel in vars(module).items():
+            for caches in getattr(kernel, "device_caches", {}).values():
+                for compiled in getattr(caches[0], "values", list)():
+                    what = {"kernel": f"{file.stem}.{name}", "shared": compiled.metadata.shared}
+                    found.append({**what, "registers": compiled.n_regs, "spills": compiled.n_spills})
+    return {"ok": bool(found) and not any(f["spills"] for f in found), "kernels": found}
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def seconds(call) -> float:
+    """Semantics: median seconds of a call, by device events on a GPU."""
+    if gpu():
+        from triton.testing import do_bench
+
+        return do_bench(call, warmup=25, rep=100, return_mode="median") / 1e3
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def copy_rate(nbytes: int) -> float:
+    import torch
+
+    a = torch.ones(nbytes // 4, device="cuda" if gpu() else "cpu")
+    b = torch.empty_like(a)
+    return 2 * nbytes / seconds(lambda: b.copy_(a))
+
+
+def ops(limit):
+    """Each case in bf16: eager, our backends, and (last: it compiles for long) max-autotune; share of the floor's
+    bandwidth."""
+    import torch
+
+    from fastpetl.bench import cases
+    from fastpetl.bench import ops as bench
+
+    device, rows, end = ("cuda" if gpu() else "cpu"), [], time.time() + limit - 20
+    copy = copy_rate(1 << (31 if gpu() else 22))
+    tasks = [(case, False) for case in cases.CASES] + [(c, True) for c in cases.CASES if c.name in AUTOTUNED]
+    for case, autotune in tasks:
+        if time.time() > end - (25 if autotune and gpu() else 0):
+            rows.append({"case": case.name, "variant": "max-autotune" if autotune else "", "status": "no time left"})
+            continue
+        built = case.build(size(), cases.Maker(torch.bfloat16, device, seed=3))
+        if autotune:
+            mode = {"mode": "max-autotune-no-cudagraphs"} if gpu() else {}
+            calls = {"max-autotune": torch.compile(built.formula, dynamic=False, **mode)}
+        else:
+            ours = [n for n in serving(case, device, torch.bfloat16) if n not in ("reference", "torch")]
+            calls = {"eager": built.formula} | {n: built.fused(n) for n in ours}
+        for mode in bench.MODES:
+            grads = None if mode == "forward" else bench.cotangents(built)
+            floor = bench.floors(built, size(), mode)["floor_mib"] * 2**20
+            for name, function in calls.items():
+                row, call = (
+                    {"case": case.name, "mode": mode, "variant": name},
+                    functools.partial(bench.results, function, built.inputs, grads),
+                )
+                try:
+                    rows.append({**row, "status": "ok", **_timed(call, floor / copy)})
+                except RuntimeError as error:
+                    rows.append({**row, "status": str(error)[:200]})
+    return rows
+
+
+def _timed(call, floor: float) -> dict:
+    """Semantics: microseconds of a call from Python and, on a GPU, of its kernels alone, replayed from a graph: the
+    share of the floor is taken of those."""
+    called = replayed = seconds(call)
+    if gpu():
+        import torch
+
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(3):
+                call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        replayed = seconds(graph.replay)
+    return {"us": 1e6 * replayed, "called_us": 1e6 * called, "of_copy": floor / replayed}
+
+
+def model(limit):
+    """Each model with adapters, in bf16: eager, patched; memory; the adapters' tax; for ViLT, what skipping a third of
+    the blocks gives back; last, compiled."""
+    from fastpetl.bench import workloads
+
+    works = (workloads.VILT, workloads.VLBART, workloads.METER, workloads.VLT5) if gpu() else (workloads.VILT,)
+    rows, bases, end = [], {}, time.time() + limit - 10
+    tasks = [(w, n) for w in works for n in ("eager", "patched", "bare, patched", "skip a third, patched")]
+    tasks = [(w, n) for w, n in tasks if w is workloads.VILT or not n.startswith("skip")]
+    for work, name in [*tasks, *((w, "compile") for w in works)]:
+        head = {"model": work.name, "variant": name, "status": "ok"}
+        if time.time() > end - (30 if name == "compile" else 0):
+            rows.append({**head, "status": "not run: out of time"})
+            continue
+        try:
+            if work.name not in bases:
+                bases[work.name] = work.build(not gpu())
+            rows.append({**head, **_timed_model(work, bases[work.name], name)})
+        except (RuntimeError, ValueError) as error:
+            rows.append({**head, "status": str(error)[:200]})
+    return rows
+
+
+BATCH = {"vilt": 64, "meter": 16, "vlbart": 128, "vlt5": 128}  # fill the GPU
+
+
+def _timed_model(work, base, name: str) -> dict:
+    import torch
+
+    import fastpetl
+    from fastpetl.bench import variant
+
+    device, chosen, saved = "cuda" if gpu() else "cpu", copy.deepcopy(base), 0.0
+    batch = work.batch(chosen, not gpu(), torch.bfloat16, batch=BATCH[work.name] if gpu() else None)
+    chosen, batch = chosen.to(device, torch.bfloat16), {k: t.to(device) for k, t in batch.items()}
+    if name == "bare, patched":
+        trained = {n for n, p in chosen.named_parameters() if p.requires_grad}
+        fastpetl.detach(chosen)
+        for n, p in chosen.named_parameters():
+            p.requires_grad_(n in trained)
+    v = variant.Variant(name.split(", ")[-1], work, chosen, batch)
+    if name.startswith("skip"):
+        found = fastpetl.blocks(chosen)
+        mask = [i % 3 == 1 for i in range(len(found))]
+        saved = sum(b.macs - b.shortcut_macs for b, m in zip(found, mask, strict=True) if m)
+        saved /= sum(b.macs for b in found)
+        fastpetl.skip(chosen, mask)
+    if gpu():
+        torch.cuda.reset_peak_memory_stats()
+    row = {"inference_ms": 1e3 * seconds(v.infer), "step_ms": 1e3 * seconds(v.step)}
+    row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20 if gpu() else None
+    return {**row, "skipped_share_of_macs": saved or None}
