@@ -194,12 +194,20 @@ def resolve(op: str, backend: str, tensors, spec=None) -> Choice:
 
 def resolve_for(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: int = 0) -> Choice:
     """Semantics: as `resolve`, before there are tensors (patch time, torch.compile)."""
-    forced = _environment("FASTPETL_BACKEND") or "auto" if backend == "auto" else "auto"
-    return _resolve(op, backend, forced, device, dtype, head_dim, _environment("TRITON_INTERPRET"))
+    set_to = os.environ._data  # os.environ.get without its detour, a microsecond a look
+    key = (op, backend, device, dtype, head_dim, set_to.get(_FORCED), set_to.get(_INTERPRET))
+    found = _RESOLVED.get(key)
+    if found is None:
+        forced = os.environ.get("FASTPETL_BACKEND") or "auto" if backend == "auto" else "auto"
+        found = _RESOLVED[key] = _resolve(op, backend, forced, device, dtype, head_dim)
+    return found
+
+
+_RESOLVED: dict[tuple, Choice] = {}
+_FORCED, _INTERPRET = (os.environ.encodekey(name) for name in ("FASTPETL_BACKEND", "TRITON_INTERPRET"))
 
 
 def _environment(name: str) -> str | None:
-    """os.environ.get without its detour, a microsecond a look, several looks a call: is it there at all?"""
     return os.environ.get(name) if _encoded(name) in os.environ._data else None
 
 
@@ -216,8 +224,7 @@ def resolve_constant(*args, **kwargs) -> Choice:
 resolve_constant._dynamo_marked_constant = True
 
 
-@functools.lru_cache(maxsize=1024)
-def _resolve(op, backend, forced, device, dtype, head_dim, _interpret) -> Choice:
+def _resolve(op, backend, forced, device, dtype, head_dim) -> Choice:
     _check_name(op, backend)
     if forced not in ("auto", *_NAMES):
         raise ValueError(f"{op}: FASTPETL_BACKEND is {forced!r}, expected auto, {', '.join(_NAMES)}")

@@ -9,7 +9,6 @@ interpreter (TRITON_INTERPRET=1). `verify` says whether a call can be served, an
 from __future__ import annotations
 
 import torch
-import triton
 
 from . import adapter_config, launching
 from . import adapter_kernels as K
@@ -76,15 +75,15 @@ def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1,
             down = _fold(w_down, b_down, norm_weight, norm_bias)
         st = stats if save and norm else None
         norm_kind = (2 if cfg.fold else 1) if norm else 0
-        tiles = triton.cdiv(rows, cfg.block_m)
+        tiles = launching.cdiv(rows, cfg.block_m)
         stages = cfg.num_stages
         opt = dict(num_warps=cfg.num_warps, num_stages=stages, NS=stages, BM=cfg.block_m, D=d, R=r, R1=cfg.r1)
         if cfg.split:
             z_buffer = z if save else x.new_empty(rows, r)
-            grid = (tiles, triton.cdiv(r, cfg.r1))
+            grid = (tiles, launching.cdiv(r, cfg.r1))
             launching.launch(K.forward_down, grid, x, *down, z_buffer, st, rows, float(eps),
                     BK=cfg.block_k, NORM=norm_kind, **opt)  # fmt: skip
-            grid = (tiles, triton.cdiv(d, cfg.block_n))
+            grid = (tiles, launching.cdiv(d, cfg.block_n))
             launching.launch(K.forward_up, grid, z_buffer, x, w_up, b_up, res1, res2, y, rows, float(scale),
                     BN=cfg.block_n, ACT=activation, ADD_X=bool(add_x), **opt)  # fmt: skip
         else:
@@ -128,7 +127,7 @@ def adapter_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, ad
     if needs & DW_UP:
         h = x.new_empty(rows, h_width)
     if needs & (DB_DOWN | DNORM_BIAS) or (needs & (DW_DOWN | DNORM_WEIGHT) and (qscale or norm_bias is not None)):
-        part = x.new_empty(triton.cdiv(rows, cfg.block_m), 2 if qscale else 1, r, dtype=torch.float32)
+        part = x.new_empty(launching.cdiv(rows, cfg.block_m), 2 if qscale else 1, r, dtype=torch.float32)
     with launching.on_device(x):
         if rows and needs & ~DB_UP:
             st = stats if norm else None
@@ -143,13 +142,13 @@ def adapter_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, ad
 def _backward_rows(cfg, args, shape, h_width, add_x):
     """Launches what runs over the rows: one kernel, or with a bottleneck too wide for it two that meet at q."""
     grad, x, z, st, w_down, w_up, norm_weight, dx, q, h, part, rows, scale = args
-    tiles = triton.cdiv(rows, cfg.block_m)
+    tiles = launching.cdiv(rows, cfg.block_m)
     opt = dict(num_warps=cfg.num_warps, num_stages=cfg.num_stages, NS=cfg.num_stages, BM=cfg.block_m, R1=cfg.r1)
     if not cfg.split:
         launching.launch(K.backward_fused, (tiles,), *args, R2=cfg.r2, BK=cfg.block_k, BN=cfg.block_n,
                          HLD=h_width, ADD_X=add_x, **shape, **opt)  # fmt: skip
         return
-    grid = (tiles, triton.cdiv(shape["R"], cfg.r1))
+    grid = (tiles, launching.cdiv(shape["R"], cfg.r1))
     launching.launch(K.backward_dz, grid, grad, z, st, w_up, q, h, part, rows, scale,
             BK=cfg.block_k, HLD=h_width, **shape, **opt)  # fmt: skip
     if dx is not None:
@@ -183,7 +182,7 @@ def _weight_gradients(grad, x, stats, q, h, sums, w_down, w_up, norm_weight, nor
     outputs = [t if t is not None and t.numel() else None for t in outputs]
     if any(t is not None for t in outputs):
         columns, bottleneck = adapter_config.WEIGHT_GRADS_TILE
-        launching.launch(K.weight_grads, (triton.cdiv(d, columns),), gd, gu, sums, w_down, norm_weight, norm_bias,
+        launching.launch(K.weight_grads, (launching.cdiv(d, columns),), gd, gu, sums, w_down, norm_weight, norm_bias,
                          *outputs, float(scale), D=d, R=r, HLD=(r // 16 + 1) * 16, BD=columns, BR=bottleneck,
                          QSCALE=qscale, num_warps=4)  # fmt: skip
     return dw_down, db_down, dw_up, db_up, dgamma, dbeta
@@ -205,7 +204,7 @@ def _fold(w_down, b_down, norm_weight, norm_bias):
     row_sums, bias = w_down.new_empty(2, r, dtype=torch.float32)
     rows, columns = adapter_config.FOLD_TILE
     columns = min(columns, adapter_config.power_of_two(d))
-    launching.launch(K.fold_weights, (triton.cdiv(r, rows),), w_down, b_down, norm_weight, norm_bias, folded,
+    launching.launch(K.fold_weights, (launching.cdiv(r, rows),), w_down, b_down, norm_weight, norm_bias, folded,
                      row_sums, bias, D=d, R=r, BR=rows, BD=columns, num_warps=4)  # fmt: skip
     return folded, bias, row_sums, None, None
 

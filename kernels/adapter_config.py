@@ -1,9 +1,9 @@
 """Which tile a launch of the adapter kernels uses: a table, looked up by element type, bottleneck and row count.
 
 Every entry is compiled ahead of time for sm_80, sm_90 and sm_100 by tests/kernels/test_aot.py, which checks
-shared memory and spills too: that a new entry builds and fits needs no GPU to be known. Speeds have not been measured:
-the entries follow a traffic model (each program reads all adapter weights from L2, hence large tiles for many rows; few
-rows want many short programs).
+shared memory and spills too: that a new entry builds and fits needs no GPU to be known. Where speeds have not been
+measured the entries follow a traffic model: each program reads all adapter weights from L2, hence large tiles for many
+rows; few rows want many short programs.
 """
 
 from __future__ import annotations
@@ -35,13 +35,54 @@ class Config(NamedTuple):
 
 
 # (largest r, r1, r2, tiles), r beyond the last entry is split; a tile is (row limit, block_m, block_k, block_n,
-# num_warps, num_stages, fold). Folding costs a small launch of its own: from 3000 rows on.
+# num_warps, num_stages, fold). Folding costs a small launch of its own, which pays from 32768 rows on. r = 96 from 8000
+# rows on: the fastest of 30 to 45 tiles on an H200 (benchmarks/NOTES.md); the others follow.
 HALF_FORWARD = (
-    (16, 16, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, True), (None, 64, 64, 64, 4, 3, True))),
-    (32, 32, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, True), (None, 64, 64, 64, 4, 3, True))),
-    (64, 64, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 2, True), (None, 64, 64, 64, 4, 3, True))),
-    (128, 128, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 2, True), (None, 64, 64, 64, 8, 2, True))),
-    (192, 128, 64, ((3000, 16, 64, 64, 4, 2, False), (8000, 32, 64, 64, 4, 2, True), (None, 64, 64, 64, 8, 2, True))),
+    (
+        16,
+        16,
+        0,
+        (
+            (3000, 16, 64, 64, 4, 3, False),
+            (8000, 32, 64, 64, 4, 3, False),
+            (32768, 64, 64, 64, 4, 3, False),
+            (None, 64, 64, 64, 4, 3, True),
+        ),
+    ),
+    (
+        32,
+        32,
+        0,
+        (
+            (3000, 16, 64, 64, 4, 3, False),
+            (8000, 32, 64, 64, 4, 3, False),
+            (32768, 64, 64, 64, 4, 3, False),
+            (None, 64, 64, 64, 4, 3, True),
+        ),
+    ),
+    (
+        64,
+        64,
+        0,
+        (
+            (3000, 16, 64, 64, 4, 3, False),
+            (8000, 32, 64, 64, 4, 2, False),
+            (32768, 64, 64, 64, 4, 3, False),
+            (None, 64, 64, 64, 4, 3, True),
+        ),
+    ),
+    (
+        128,
+        128,
+        0,
+        (
+            (3000, 16, 64, 64, 4, 3, False),
+            (8000, 32, 64, 64, 4, 2, False),
+            (32768, 64, 64, 64, 4, 3, False),
+            (None, 64, 64, 64, 4, 3, True),
+        ),
+    ),
+    (192, 128, 64, ((3000, 16, 64, 64, 4, 2, False), (8000, 32, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, True))),
     (256, 256, 0, ((3000, 16, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, True))),
 )
 HALF_SPLIT = ((3000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 8, 3, True))
@@ -52,7 +93,7 @@ HALF_BACKWARD = (
     (16, 16, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
     (32, 32, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
     (64, 64, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
-    (128, 128, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, False))),
+    (128, 128, 0, ((1500, 16, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
     (192, 128, 64, ((3000, 16, 64, 64, 4, 2, False), (8000, 32, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, False))),
     (256, 256, 0, ((3000, 16, 64, 64, 4, 2, False), (None, 32, 64, 64, 8, 2, False))),
 )

@@ -17,14 +17,68 @@ INTERPRETED = not isinstance(_nothing, triton.runtime.JITFunction)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+_COMPILED: dict = {}  # what has been launched before: signature -> the compiled kernel's parts, its constants' values
+RUNTIME = triton.knobs.runtime
+_WORD = 1 << 31
+
+
 def launch(kernel, grid, *args, **options):
-    """Every launch goes through here: the ahead-of-time check replaces it."""
-    kernel[grid](*args, **options)
+    """Every launch goes through here: `kernel`, its run-time arguments in order, its constants and options by name.
+
+    A kernel that was launched before with arguments of the same kinds is called directly: Triton's own front door takes
+    longer to find it than a small kernel runs. All that a compiled kernel may depend on is in the key: dtypes, which
+    arguments are None, what Triton specialises integers on; tensors that do not lie at 16 bytes take the front door.
+    """
+    if INTERPRETED:
+        kernel[grid](*args, **options)
+        return
+    key, low = [id(kernel), torch.cuda.current_device(), *options.values()], 0
+    for a in args:
+        kind = type(a)
+        if kind is float or a is None:
+            key.append(kind)
+        elif kind is int:
+            key.append((a == 1, a % 16 == 0, -_WORD <= a < _WORD))
+        elif kind is tuple:  # tensors of tensors: rare, and of any depth
+            low = 1
+        else:
+            key.append(a.dtype)
+            low |= a.data_ptr()
+    key = tuple(key)
+    found = _COMPILED.get(key)
+    if found is not None and not low & 15:
+        compiled, run, function, packed, constants = found
+        grid = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+        if RUNTIME.launch_enter_hook is None and RUNTIME.launch_exit_hook is None:
+            stream = torch._C._cuda_getCurrentRawStream(key[1])
+            run(*grid, stream, function, packed, None, None, None, *args, *constants)
+        else:  # a profiler listens
+            compiled[grid](*args, *constants)
+        return
+    compiled = kernel[grid](*args, **options)
+    if compiled is not None and not low & 15:
+        constants = [options[name] for name in kernel.arg_names[len(args) :]]
+        _COMPILED[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; Triton's own is a kernel function too, which costs microseconds."""
+    return -(-a // b)
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
 
 
 def on_device(x: torch.Tensor):
     """A context in which x's device is the current one: Triton launches there."""
-    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        return torch.cuda.device_of(x)
+    return _NOWHERE
+
+
+_NOWHERE = contextlib.nullcontext()
 
 
 def check_matrix(function: str, name: str, x) -> None:
@@ -39,11 +93,12 @@ def check_matrix(function: str, name: str, x) -> None:
 
 def check_tensor(function: str, name: str, t, shape, dtype, device, why: str = "x") -> None:
     """A kernel trusts its pointers: what does not match would be read out of bounds."""
+    if t.shape == shape and t.dtype is dtype and t.device == device and t.is_contiguous():
+        return
     if t.shape != shape:
         raise ValueError(f"{function}: {name} has shape {tuple(t.shape)}, expected {shape} to match {why}")
     if t.dtype != dtype:
         raise ValueError(f"{function}: {name} has dtype {t.dtype}, expected {dtype}")
     if t.device != device:
         raise ValueError(f"{function}: {name} is on {t.device}, expected {device} like x")
-    if not t.is_contiguous():
-        raise ValueError(f"{function}: {name} has strides {t.stride()}, expected a contiguous tensor")
+    raise ValueError(f"{function}: {name} has strides {t.stride()}, expected a contiguous tensor")

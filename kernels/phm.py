@@ -9,7 +9,6 @@ stay where they are. The kernels are in phm_kernels.py.
 from __future__ import annotations
 
 import torch
-import triton
 
 from . import launching
 from . import phm_kernels as K
@@ -60,13 +59,13 @@ def phm_backward(grad, rules, weights, needs):
                          dweights if needs & WEIGHTS else None, BK=bk, BQ=bq, num_warps=warps)  # fmt: skip
         if part is not None:
             widest, (bt, bc) = max(r.numel() for r in rules), SUM_TILE
-            grid = triton.cdiv(widest, bc), len(rules)
+            grid = launching.cdiv(widest, bc), len(rules)
             launching.launch(K.sum_parts, grid, sums, part, drules, BT=bt, BC=bc, num_warps=4)
     return drules, dweights
 
 
 def _tiles(shape) -> int:
-    return triton.cdiv(shape[1], TILE[0]) * triton.cdiv(shape[2], TILE[1])
+    return launching.cdiv(shape[1], TILE[0]) * launching.cdiv(shape[2], TILE[1])
 
 
 def _layers(rules, weights):

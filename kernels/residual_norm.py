@@ -8,8 +8,9 @@ residual_norm_kernels.py. Without a GPU they run in Triton's interpreter (TRITON
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import triton
 
 from . import launching
 from . import residual_norm_kernels as K
@@ -27,9 +28,10 @@ PROGRAMS = 512  # at most so many partial sums of the weights' gradients; a cons
 SUM_TILE = (32, 32)  # parts x columns of sum_parts
 
 
+@functools.cache
 def tile(table, d: int) -> tuple[int, int, int]:
     """Semantics: (rows, columns, warps) of a program for rows d wide."""
-    block = max(16, triton.next_power_of_2(d))
+    block = max(16, launching.power_of_two(d))
     elements, warps = next((e, w) for widest, e, w in table if block <= widest)
     return max(1, elements // block), block, warps
 
@@ -51,7 +53,7 @@ def residual_norm_forward(x, f, weight, bias, mask, seed, tail, emit, eps, dropo
         block_m, block, warps = tile(FORWARD, d)
         with launching.on_device(x):
             launching.launch(
-                K.forward, (triton.cdiv(rows, block_m),), x, f, weight, bias,
+                K.forward, (launching.cdiv(rows, block_m),), x, f, weight, bias,
                 *_data(mask if f is not None else None, seed, dropout),
                 *(t if t.numel() else None for t in (s, n, stats)),
                 rows, *_scalars(rows, mask, dropout), float(eps),
@@ -79,7 +81,7 @@ def residual_norm_backward(g_s, g_n, s, stats, weight, mask, seed, tail, dropout
     if not rows or not (needs & (DX | DF) or sums and g_n is not None):
         return dx, df, dweight, dbias
     block_m, block, warps = tile(BACKWARD, d)
-    tiles = triton.cdiv(rows, block_m)
+    tiles = launching.cdiv(rows, block_m)
     part, programs = None, tiles
     if sums and g_n is not None:
         programs = min(tiles, PROGRAMS)
@@ -100,7 +102,7 @@ def residual_norm_backward(g_s, g_n, s, stats, weight, mask, seed, tail, dropout
 def _sum_parts(part, dweight, dbias):
     programs, _, d = part.shape
     rows, columns = SUM_TILE
-    grid = (triton.cdiv(d, columns), 1 if dbias is None else 2)
+    grid = (launching.cdiv(d, columns), 1 if dbias is None else 2)
     launching.launch(K.sum_parts, grid, part, dweight, dbias, programs, D=d, BP=rows, BD=columns, num_warps=4)
 
 

@@ -7,7 +7,6 @@ once, through the inverse of index. No atomics: repeated entries of a gather's i
 from __future__ import annotations
 
 import torch
-import triton
 
 from . import launching
 from . import rows_kernels as K
@@ -51,7 +50,7 @@ def inverse(index, count, n):
     m = index.shape[0]
     if m and n:
         with launching.on_device(index):
-            launching.launch(K.invert, (triton.cdiv(m, INVERT),), index, count, found, m, n, BM=INVERT, num_warps=4)
+            launching.launch(K.invert, (launching.cdiv(m, INVERT),), index, count, found, m, n, BM=INVERT, num_warps=4)
     return found
 
 
@@ -74,8 +73,8 @@ def merge(base, rows, found):
 def _block(d: int) -> tuple[int, int, int]:
     """(programs along the columns, columns of each, warps)."""
     widest, _, warps = TILE
-    block = max(16, min(widest, triton.next_power_of_2(d)))
-    return triton.cdiv(d, block), block, warps
+    block = max(16, min(widest, launching.power_of_two(d)))
+    return launching.cdiv(d, block), block, warps
 
 
 def _over_rows(kernel, rows, tensors, sizes):
@@ -83,7 +82,7 @@ def _over_rows(kernel, rows, tensors, sizes):
     columns, block, warps = _block(d)
     block_m = max(1, TILE[1] // block)
     with launching.on_device(tensors[0]):
-        grid = triton.cdiv(rows, block_m), columns
+        grid = launching.cdiv(rows, block_m), columns
         launching.launch(kernel, grid, *tensors, *sizes, d, BM=block_m, BD=block, num_warps=warps)
 
 

@@ -51,9 +51,9 @@ class MeterConfig(PreTrainedConfig):
         text = {"max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
         vision = {"num_hidden_layers": 11, "patch_size": 16, "image_size": 288}
         if self.text_config is None or isinstance(self.text_config, dict):
-            self.text_config = {**text, **(self.text_config or {})}
+            self.text_config = RobertaConfig(**{**text, **(self.text_config or {})})
         if self.vision_config is None or isinstance(self.vision_config, dict):
-            self.vision_config = {**vision, **(self.vision_config or {})}
+            self.vision_config = CLIPVisionConfig(**{**vision, **(self.vision_config or {})})
         super().__post_init__(**kwargs)
 
 

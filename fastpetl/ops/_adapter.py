@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 
@@ -25,6 +27,7 @@ _ACT_BACKWARD = {
 assert set(ACT) == set(ACTIVATIONS.values())
 
 
+@functools.cache
 def _launchers(name: str):
     if name == "cpp":
         return torch.ops.fastpetl.cpu_adapter_forward.default, torch.ops.fastpetl.cpu_adapter_backward.default

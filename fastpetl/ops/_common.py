@@ -68,11 +68,12 @@ def cast(t, dtype):
 
 def rows(x):
     """x [..., d] as a dense [rows, d]; an expanded or strided x is copied."""
-    return x.reshape(-1, x.shape[-1]).contiguous()
+    x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    return x if x.is_contiguous() else x.contiguous()
 
 
 def dense(t):
-    return None if t is None else t.contiguous()
+    return t if t is None or t.is_contiguous() else t.contiguous()
 
 
 def unflatten(y, shape):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..spec import EMITS, TAILS
@@ -11,6 +13,7 @@ from ._dropout import dropout_factor, dropped
 LAYERNORM, SUM, NORM = TAILS["layernorm"], EMITS["sum"], EMITS["norm"]
 
 
+@functools.cache
 def _launchers(name: str):
     if name == "cpp":
         ops = torch.ops.fastpetl

@@ -47,6 +47,10 @@ def linear(x, weights, biases=None, *, norm=None, activation=None, backend="auto
     gradient goes through torch's own norm or sum beside it; a weight that wants one makes plain torch serve the whole
     call, and is refused where an explicit backend cannot.
     """
+    if norm is None and type(weights) is tuple and len(weights) == 1 and isinstance(x, torch.Tensor) and not x.is_cpu:
+        y = _direct(x, weights[0], biases, activation, backend, overwrite)
+        if y is not None:
+            return y
     weights, biases = _tuple("weights", weights), () if biases is None else _tuple("biases", biases)
     weight, bias, eps = _norm(norm)
     if activation not in (None, "gelu"):
@@ -63,6 +67,23 @@ def linear(x, weights, biases=None, *, norm=None, activation=None, backend="auto
     if cache is not None and not isinstance(cache, PackCache):
         raise TypeError(f"linear: cache is a {type(cache).__name__}, expected a fastpetl.ops.PackCache")
     return _call(x, weights, biases, prologue, weight, bias, eps, backend, cache, overwrite)
+
+
+def _direct(x, weight, biases, activation, backend, overwrite):
+    """Torch's own linear where nothing else serves, as on a GPU: there a layer's checks may take longer than its
+    kernels. None where that is not so, or where torch refuses: the checks then say why.
+    """
+    if activation not in (None, "gelu") or torch.compiler.is_compiling():
+        return None
+    if backends.resolve("linear", backend, x).name != "torch":
+        return None
+    try:
+        if activation is not None:
+            inplace = overwrite and not torch.is_grad_enabled() and autocast_dtype(x) is None
+            x = torch.ops.aten.gelu_(x) if inplace else F.gelu(x)
+        return F.linear(x, weight, biases[0] if biases else None)
+    except RuntimeError:
+        return None
 
 
 def _tuple(name, value):
