@@ -5,8 +5,8 @@ device that is not the current one), lets compute-sanitizer look at small cases,
 measures: each op against eager and max-autotune, whole models against eager and compiled, the adapters' tax and what
 skipping gives back. Writes one JSON and one Markdown table into benchmarks/results/, to be committed.
 
-Each stage (gpu_stages.py) is a process with a time limit; what one cannot do is a line that says why, and the next goes
-on. What is not timed runs side by side. Without a GPU every stage runs to its end on the CPU with sizes that mean
+Each stage (gpu_stages.py, gpu_measure.py) is a process with a time limit; what one cannot do is a line that says why,
+and the next goes on. What is not timed runs side by side. Without a GPU every stage runs to its end on the CPU with sizes that mean
 nothing, Triton in its interpreter; the files then go to a temporary folder and say so.
 """
 
@@ -20,13 +20,14 @@ import threading
 import time
 from pathlib import Path
 
+import gpu_measure
 import gpu_stages as stages
 
 ROOT = stages.ROOT
 GROUPS = (  # stages of a group run side by side; seconds each may take
     {"facts": 60},
     {"build": 200},
-    {"tests": 120, "checks": 120, "sanitizer": 120, "spills": 100},
+    {"tests": 150, "checks": 150, "sanitizer": 120, "spills": 100},
     {"ops": 170},
     {"model": 150},
 )
@@ -42,7 +43,8 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     if args.stage:
         correct_interpreter()
-        value = getattr(stages, args.stage)(float(os.environ.get("FASTPETL_SUITE_LIMIT", 60)))
+        stage = getattr(stages, args.stage, None) or getattr(gpu_measure, args.stage)
+        value = stage(float(os.environ.get("FASTPETL_SUITE_LIMIT", 60)))
         if out := os.environ.get("FASTPETL_SUITE_OUT"):
             Path(out).write_text(json.dumps(value))
         return 0
@@ -138,15 +140,19 @@ def _ops(rows: list[dict]) -> list[str]:
 
 
 def _models(rows: list[dict]) -> list[str]:
-    lines = ["", "| bf16 model | variant | inference, ms | step, ms | peak MiB | share of MACs skipped |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = [
+        "",
+        "| bf16 model | variant | inference, ms | its kernels | step, ms | peak MiB | skipped MACs |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
     for r in rows:
         if r.get("status", "ok") != "ok":
-            lines.append(f"| {r['model']} | {r['variant']} | {r['status']} | | | |")
+            lines.append(f"| {r['model']} | {r['variant']} | {r['status']} | | | | |")
             continue
         peak = "–" if r["peak_mib"] is None else f"{r['peak_mib']:.0f}"
         share = "–" if not r["skipped_share_of_macs"] else f"{r['skipped_share_of_macs']:.3f}"
-        times = f"{r['inference_ms']:.2f} | {r['step_ms']:.2f}"
+        kernels = "–" if r["inference_kernels_ms"] is None else f"{r['inference_kernels_ms']:.2f}"
+        times = f"{r['inference_ms']:.2f} | {kernels} | {r['step_ms']:.2f}"
         lines.append(f"| {r['model']} | {r['variant']} | {times} | {peak} | {share} |")
     return lines
 
