@@ -6,8 +6,8 @@ measures: each op against eager and max-autotune, whole models against eager and
 skipping gives back. Writes one JSON and one Markdown table into benchmarks/results/, to be committed.
 
 Each stage (gpu_stages.py, gpu_measure.py) is a process with a time limit; what one cannot do is a line that says why,
-and the next goes on. What is not timed runs side by side. Without a GPU every stage runs to its end on the CPU with sizes that mean
-nothing, Triton in its interpreter; the files then go to a temporary folder and say so.
+and the next goes on. What is not timed runs side by side. Without a GPU every stage runs to its end on the CPU with
+sizes that mean nothing, Triton in its interpreter; the files then go to a temporary folder and say so.
 """
 
 import argparse

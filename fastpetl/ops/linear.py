@@ -47,8 +47,8 @@ def linear(x, weights, biases=None, *, norm=None, activation=None, backend="auto
     gradient goes through torch's own norm or sum beside it; a weight that wants one makes plain torch serve the whole
     call, and is refused where an explicit backend cannot.
     """
-    if norm is None and type(weights) is tuple and len(weights) == 1 and isinstance(x, torch.Tensor) and not x.is_cpu:
-        y = _direct(x, weights[0], biases, activation, backend, overwrite)
+    if type(weights) is tuple and len(weights) == 1 and isinstance(x, torch.Tensor) and not x.is_cpu:
+        y = _direct(x, weights[0], biases, norm, activation, backend, overwrite)
         if y is not None:
             return y
     weights, biases = _tuple("weights", weights), () if biases is None else _tuple("biases", biases)
@@ -66,23 +66,27 @@ def linear(x, weights, biases=None, *, norm=None, activation=None, backend="auto
     _check(x, weights, biases, weight, bias)
     if cache is not None and not isinstance(cache, PackCache):
         raise TypeError(f"linear: cache is a {type(cache).__name__}, expected a fastpetl.ops.PackCache")
+    if prologue == lb.NORM and not x.is_cpu:  # no kernel of ours has the norm inside: torch's own saves what it needs
+        x, prologue, weight, bias = F.layer_norm(x, x.shape[-1:], weight, bias, eps), lb.NONE, None, None
     return _call(x, weights, biases, prologue, weight, bias, eps, backend, cache, overwrite)
 
 
-def _direct(x, weight, biases, activation, backend, overwrite):
+def _direct(x, weight, biases, norm, activation, backend, overwrite):
     """Torch's own linear where nothing else serves, as on a GPU: there a layer's checks may take longer than its
     kernels. None where that is not so, or where torch refuses: the checks then say why.
     """
-    if activation not in (None, "gelu") or torch.compiler.is_compiling():
+    if activation not in (None, "gelu") or norm and activation or torch.compiler.is_compiling():
         return None
     if backends.resolve("linear", backend, x).name != "torch":
         return None
     try:
-        if activation is not None:
+        if norm:
+            x = F.layer_norm(x, x.shape[-1:], *norm)
+        elif activation:
             inplace = overwrite and not torch.is_grad_enabled() and autocast_dtype(x) is None
             x = torch.ops.aten.gelu_(x) if inplace else F.gelu(x)
         return F.linear(x, weight, biases[0] if biases else None)
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         return None
 
 

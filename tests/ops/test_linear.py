@@ -277,3 +277,19 @@ def test_overwrite_writes_to_x_only_where_nothing_is_recorded():
     with torch.no_grad():
         assert torch.equal(ops.linear(x, w, b, **given), want)
     assert torch.equal(x, torch.nn.functional.gelu(kept))
+
+
+def test_off_the_cpu_torchs_own_linear_serves_and_errors_keep_their_words():
+    """The meta device stands in for a GPU: no kernel of ours serves there either."""
+    x = torch.zeros(2, 5, 8, device="meta", requires_grad=True)
+    w, b, gamma = (torch.zeros(*s, device="meta") for s in ((6, 8), (6,), (8,)))
+    for options in ({}, {"activation": "gelu"}, {"norm": (gamma, None, 1e-5)}):
+        y = ops.linear(x, (w,), (b,), **options)
+        assert y.shape == (2, 5, 6) and y.requires_grad, options
+        assert ops.linear(x, (w, w), (b, b), **options).shape == (2, 5, 12)
+    with pytest.raises(ValueError, match=r"linear: weights\[0\] has shape \(6, 7\), expected \(out_features, in_feat"):
+        ops.linear(x, (torch.zeros(6, 7, device="meta"),))
+    with pytest.raises(ValueError, match="linear: norm and activation are both given"):
+        ops.linear(x, (w,), norm=(gamma, None, 1e-5), activation="gelu")
+    with pytest.raises(ValueError, match=r"linear: biases\[0\] has shape \(5,\), expected \(6,\) to match"):
+        ops.linear(x, (w,), (torch.zeros(5, device="meta"),))
