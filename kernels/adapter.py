@@ -70,14 +70,10 @@ def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1,
     if rows == 0:
         return y, z, stats
     with launching.on_device(x):
-        down = w_down, b_down, None, norm_weight, norm_bias
-        if norm and cfg.fold:
-            down = _fold(w_down, b_down, norm_weight, norm_bias)
+        down, norm_kind = _down(cfg, w_down, b_down, norm_weight, norm_bias)
         st = stats if save and norm else None
-        norm_kind = (2 if cfg.fold else 1) if norm else 0
         tiles = launching.cdiv(rows, cfg.block_m)
-        stages = cfg.num_stages
-        opt = dict(num_warps=cfg.num_warps, num_stages=stages, NS=stages, BM=cfg.block_m, D=d, R=r, R1=cfg.r1)
+        opt = dict(D=d, R=r, **_tile(cfg))
         if cfg.split:
             z_buffer = z if save else x.new_empty(rows, r)
             grid = (tiles, launching.cdiv(r, cfg.r1))
@@ -111,11 +107,22 @@ def adapter_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, ad
     )  # fmt: skip
     if norm:
         launching.check_tensor("adapter_backward", "stats", stats, (rows, 2), torch.float32, x.device, "x and w_down")
+    cfg = config or adapter_config.select(_KIND[x.dtype], "backward", d, r, rows)
+
+    def over_rows(*args):
+        _backward_rows(cfg, bool(add_x), *args)
+
+    return _gradients(cfg, grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, activation, scale, needs, over_rows)
+
+
+def _gradients(cfg, grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, activation, scale, needs, over_rows):
+    """adapter_backward's results. over_rows launches what reads the rows, given its arguments, its sizes and the width
+    of h; where only db_up is needed it is not called."""
+    (rows, d), r, norm = x.shape, w_down.shape[0], norm_weight is not None
     if norm_weight is None:
         needs &= ~(DNORM_WEIGHT | DNORM_BIAS)
     elif norm_bias is None:
         needs &= ~DNORM_BIAS
-    cfg = config or adapter_config.select(_KIND[x.dtype], "backward", d, r, rows)
     # bf16: q = rstd*dz meets the raw x in the weight gradient, and the mean is taken off afterwards (fp32 holds the
     # products exactly). fp32 would lose digits to that difference, fp16 could overflow in q: both multiply dz by xhat.
     qscale = norm and x.dtype == torch.bfloat16
@@ -132,18 +139,23 @@ def adapter_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, ad
         if rows and needs & ~DB_UP:
             st = stats if norm else None
             args = grad, x, z, st, w_down, w_up, norm_weight, dx, q, h, part, rows, float(scale)
-            _backward_rows(cfg, args, dict(D=d, R=r, ACT=activation, NORM=norm, QSCALE=qscale), h_width, bool(add_x))
+            over_rows(args, dict(D=d, R=r, ACT=activation, NORM=norm, QSCALE=qscale), h_width)
         if part is not None:
             sums = part.sum(0)
         rest = _weight_gradients(grad, x, stats, q, h, sums, w_down, w_up, norm_weight, norm_bias, scale, qscale, needs)
     return (x.new_empty(0) if dx is None else dx, *rest)
 
 
-def _backward_rows(cfg, args, shape, h_width, add_x):
+def _tile(cfg):
+    """What every kernel that works on rows takes of a configuration."""
+    return dict(num_warps=cfg.num_warps, num_stages=cfg.num_stages, NS=cfg.num_stages, BM=cfg.block_m, R1=cfg.r1)
+
+
+def _backward_rows(cfg, add_x, args, shape, h_width):
     """Launches what runs over the rows: one kernel, or with a bottleneck too wide for it two that meet at q."""
     grad, x, z, st, w_down, w_up, norm_weight, dx, q, h, part, rows, scale = args
     tiles = launching.cdiv(rows, cfg.block_m)
-    opt = dict(num_warps=cfg.num_warps, num_stages=cfg.num_stages, NS=cfg.num_stages, BM=cfg.block_m, R1=cfg.r1)
+    opt = _tile(cfg)
     if not cfg.split:
         launching.launch(K.backward_fused, (tiles,), *args, R2=cfg.r2, BK=cfg.block_k, BN=cfg.block_n,
                          HLD=h_width, ADD_X=add_x, **shape, **opt)  # fmt: skip
@@ -195,6 +207,15 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if a.is_cuda:
         return torch.mm(a.t(), b, out_dtype=torch.float32)
     return torch.mm(a.t().float(), b.float())
+
+
+def _down(cfg, w_down, b_down, norm_weight, norm_bias):
+    """(what project_down takes of the down half, its NORM)."""
+    if norm_weight is None:
+        return (w_down, b_down, None, None, None), 0
+    if cfg.fold:
+        return _fold(w_down, b_down, norm_weight, norm_bias), 2
+    return (w_down, b_down, None, norm_weight, norm_bias), 1
 
 
 def _fold(w_down, b_down, norm_weight, norm_bias):

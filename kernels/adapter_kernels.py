@@ -11,6 +11,7 @@ from .adapter_tiles import (
     emit_bottleneck,
     grad_bottleneck,
     load_rows,
+    load_statistics,
     load_vector,
     load_weight,
     project_down,
@@ -18,6 +19,7 @@ from .adapter_tiles import (
     store_ones,
     store_output,
     store_rows,
+    store_statistics,
 )
 
 
@@ -51,17 +53,11 @@ def fold_weights(wd_ptr, bd_ptr, gamma_ptr, beta_ptr, wc_ptr, ws_ptr, c_ptr,
     tl.store(ws_ptr + rr, left, mask=mr)
 
 
-@triton.jit(do_not_specialize=["M"])
-def forward_fused(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, wu_ptr, bu_ptr, res1_ptr, res2_ptr,
-                  y_ptr, z_ptr, st_ptr, M, eps, scale,
-                  D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
-                  BK: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, ADD_X: tl.constexpr,
-                  NS: tl.constexpr):  # fmt: skip
-    """Whole adapter for BM rows: down product, activation kept in registers, up product with bias and residuals."""
-    row0 = tl.program_id(0).to(tl.int64) * BM
-    rm = tl.arange(0, BM)
-    mm = rm < (M - row0)
-    x_ptr += row0 * D
+@triton.jit
+def bottleneck(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, z_ptr, st_ptr, row0, rm, mm, eps,
+               D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
+               BK: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, NS: tl.constexpr):  # fmt: skip
+    """act(z) of the whole bottleneck for BM rows, to keep in registers; z and the statistics to memory if asked for."""
     z1, z2, mean, rstd = project_down(
         x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, rm, mm, 0, eps, D, R, R1, R2, R1 <= R, BM, BK, NORM, NS
     )
@@ -73,11 +69,36 @@ def forward_fused(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, wu_ptr, bu
         if R2 > 0:
             store_rows(z_ptr, rm, q2, mm, z2, R, R, R1 + R2 <= R)
     if st_ptr is not None:
-        st_ptr += row0 * 2
-        tl.store(st_ptr + rm * 2, mean, mask=mm)
-        tl.store(st_ptr + rm * 2 + 1, rstd, mask=mm)
-    h1 = activate(z1.to(tl.float32), ACT).to(z1.dtype)
-    h2 = activate(z2.to(tl.float32), ACT).to(z2.dtype)
+        store_statistics(st_ptr, row0, rm, mm, mean, rstd)
+    return activate(z1.to(tl.float32), ACT).to(z1.dtype), activate(z2.to(tl.float32), ACT).to(z2.dtype)
+
+
+@triton.jit
+def up_chunk(y_ptr, x_ptr, res1_ptr, res2_ptr, wu_ptr, bu_ptr, h1, h2, rm, rd, mm, scale,
+             D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, EVEN: tl.constexpr,
+             ADD_X: tl.constexpr):  # fmt: skip
+    """The columns rd of y from a bottleneck in registers; returns them as stored."""
+    q1 = tl.arange(0, R1)
+    u = tl.dot(h1, load_weight(wu_ptr, q1, rd, R, D, 1, R, R1 <= R, EVEN), input_precision="ieee")
+    if R2 > 0:
+        q2 = R1 + tl.arange(0, R2)
+        u = tl.dot(h2, load_weight(wu_ptr, q2, rd, R, D, 1, R, R1 + R2 <= R, EVEN), u, input_precision="ieee")
+    return store_output(y_ptr, x_ptr, res1_ptr, res2_ptr, bu_ptr, u, rm, rd, mm, scale, D, EVEN, ADD_X)
+
+
+@triton.jit(do_not_specialize=["M"])
+def forward_fused(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, wu_ptr, bu_ptr, res1_ptr, res2_ptr,
+                  y_ptr, z_ptr, st_ptr, M, eps, scale,
+                  D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
+                  BK: tl.constexpr, BN: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, ADD_X: tl.constexpr,
+                  NS: tl.constexpr):  # fmt: skip
+    """Whole adapter for BM rows: down product, activation kept in registers, up product with bias and residuals."""
+    row0 = tl.program_id(0).to(tl.int64) * BM
+    rm = tl.arange(0, BM)
+    mm = rm < (M - row0)
+    x_ptr += row0 * D
+    h1, h2 = bottleneck(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, z_ptr, st_ptr, row0, rm, mm, eps,
+                        D, R, R1, R2, BM, BK, ACT, NORM, NS)  # fmt: skip
     y_ptr += row0 * D
     if res1_ptr is not None:
         res1_ptr += row0 * D
@@ -86,12 +107,8 @@ def forward_fused(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, wu_ptr, bu
     EVEN: tl.constexpr = D % BN == 0
     for d0 in tl.range(0, D, BN, num_stages=NS):  # num_stages here: else loads that feed no dot are not pipelined
         rd = d0 + tl.arange(0, BN)
-        w = load_weight(wu_ptr, q1, rd, R, D, 1, R, R1 <= R, EVEN)
-        u = tl.dot(h1, w, input_precision="ieee")
-        if R2 > 0:
-            w = load_weight(wu_ptr, q2, rd, R, D, 1, R, R1 + R2 <= R, EVEN)
-            u = tl.dot(h2, w, u, input_precision="ieee")
-        store_output(y_ptr, x_ptr, res1_ptr, res2_ptr, bu_ptr, u, rm, rd, mm, scale, D, EVEN, ADD_X)
+        up_chunk(y_ptr, x_ptr, res1_ptr, res2_ptr, wu_ptr, bu_ptr, h1, h2, rm, rd, mm, scale,
+                 D, R, R1, R2, EVEN, ADD_X)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -110,9 +127,7 @@ def forward_down(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, z_ptr, st_p
     store_rows(z_ptr + row0 * R, rm, r0 + tl.arange(0, R1), mm, z, R, R, R % R1 == 0)
     if st_ptr is not None:
         if r0 == 0:
-            st_ptr += row0 * 2
-            tl.store(st_ptr + rm * 2, mean, mask=mm)
-            tl.store(st_ptr + rm * 2 + 1, rstd, mask=mm)
+            store_statistics(st_ptr, row0, rm, mm, mean, rstd)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -141,18 +156,6 @@ def forward_up(z_ptr, x_ptr, wu_ptr, bu_ptr, res1_ptr, res2_ptr, y_ptr, M, scale
 
 
 @triton.jit
-def load_statistics(st_ptr, row0, rm, mm, NORM: tl.constexpr):
-    if NORM:
-        p = st_ptr + row0 * 2 + rm * 2
-        mean = tl.load(p, mask=mm, other=0.0)
-        rstd = tl.load(p + 1, mask=mm, other=0.0)
-    else:
-        mean = tl.zeros(rm.shape, tl.float32)
-        rstd = tl.zeros(rm.shape, tl.float32)
-    return mean, rstd
-
-
-@triton.jit
 def product_w_down(p1, p2, wd_ptr, gamma_ptr, rd, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, D: tl.constexpr,
                    EVEN: tl.constexpr, NORM: tl.constexpr):  # fmt: skip
     """The gradient of the normalised x (of x without a norm) for the columns rd, bottleneck in registers."""
@@ -166,20 +169,18 @@ def product_w_down(p1, p2, wd_ptr, gamma_ptr, rd, R: tl.constexpr, R1: tl.conste
     return gn
 
 
-@triton.jit(do_not_specialize=["M"])
-def backward_fused(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr, M, scale,
-                   D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
-                   BK: tl.constexpr, BN: tl.constexpr, HLD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
-                   QSCALE: tl.constexpr, ADD_X: tl.constexpr, NS: tl.constexpr):  # fmt: skip
-    """For BM rows: dz (stays in registers), what the weight gradients need of it, and dx through the LayerNorm.
+@triton.jit
+def backward_rest(a1, a2, g_ptr, x_ptr, z_ptr, wd_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr,
+                  mean, rstd, row0, rm, mm, scale,
+                  D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
+                  BN: tl.constexpr, HLD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
+                  QSCALE: tl.constexpr, ADD_X: tl.constexpr, NS: tl.constexpr):  # fmt: skip
+    """From a = grad w_up of BM rows: dz (stays in registers), what the weight gradients need of it, and dx.
 
     A norm needs two row means of its input's gradient before the first column of dx is known; that gradient is
-    multiplied out twice rather than kept (BM x D does not fit) or stored (it would be rounded).
+    multiplied out twice rather than kept (BM x D does not fit) or stored (it would be rounded). g_ptr is moved to
+    the first row, the other pointers are not.
     """
-    row0 = tl.program_id(0).to(tl.int64) * BM
-    rm = tl.arange(0, BM)
-    mm = rm < (M - row0)
-    g_ptr += row0 * D
     z_ptr += row0 * R
     if q_ptr is not None:
         q_ptr += row0 * R
@@ -187,8 +188,6 @@ def backward_fused(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_pt
         h_ptr += row0 * HLD
     if part_ptr is not None:
         part_ptr += tl.program_id(0).to(tl.int64) * (2 * R if QSCALE else R)
-    mean, rstd = load_statistics(st_ptr, row0, rm, mm, NORM)
-    a1, a2 = grad_bottleneck(g_ptr, wu_ptr, rm, mm, 0, D, R, R1, R2, R1 <= R, BM, BK, NS)
     r1 = tl.arange(0, R1)
     p1 = emit_bottleneck(a1, z_ptr, q_ptr, h_ptr, part_ptr, rm, mm, r1, mean, rstd, scale, R, R1 <= R, HLD, ACT, QSCALE)
     p2 = p1
@@ -215,6 +214,22 @@ def backward_fused(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_pt
             rd = d0 + tl.arange(0, BN)
             gn = product_w_down(p1, p2, wd_ptr, gamma_ptr, rd, R, R1, R2, D, EVEN, NORM)
             store_dx(dx_ptr, g_ptr, x_ptr, gn, s1 / D, s2 / D, mean, rstd, rm, rd, mm, D, EVEN, NORM, QSCALE, ADD_X)
+
+
+@triton.jit(do_not_specialize=["M"])
+def backward_fused(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr, M, scale,
+                   D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
+                   BK: tl.constexpr, BN: tl.constexpr, HLD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
+                   QSCALE: tl.constexpr, ADD_X: tl.constexpr, NS: tl.constexpr):  # fmt: skip
+    """For BM rows all that backward_rest gives, from grad."""
+    row0 = tl.program_id(0).to(tl.int64) * BM
+    rm = tl.arange(0, BM)
+    mm = rm < (M - row0)
+    g_ptr += row0 * D
+    mean, rstd = load_statistics(st_ptr, row0, rm, mm, NORM)
+    a1, a2 = grad_bottleneck(g_ptr, wu_ptr, rm, mm, 0, D, R, R1, R2, R1 <= R, BM, BK, NS)
+    backward_rest(a1, a2, g_ptr, x_ptr, z_ptr, wd_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr,
+                  mean, rstd, row0, rm, mm, scale, D, R, R1, R2, BM, BN, HLD, ACT, NORM, QSCALE, ADD_X, NS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])

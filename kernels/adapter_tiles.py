@@ -105,6 +105,27 @@ def merge_statistics(xf, cols, d0, mean, m2, D: tl.constexpr, BK: tl.constexpr, 
 
 
 @triton.jit
+def store_statistics(st_ptr, row0, rm, mm, mean, rstd):
+    """(mean, rstd) of BM rows to [rows, 2]."""
+    p = st_ptr + row0 * 2 + rm * 2
+    tl.store(p, mean, mask=mm)
+    tl.store(p + 1, rstd, mask=mm)
+
+
+@triton.jit
+def load_statistics(st_ptr, row0, rm, mm, NORM: tl.constexpr):
+    """(mean, rstd) of BM rows from [rows, 2]; zeros without a norm."""
+    if NORM:
+        p = st_ptr + row0 * 2 + rm * 2
+        mean = tl.load(p, mask=mm, other=0.0)
+        rstd = tl.load(p + 1, mask=mm, other=0.0)
+    else:
+        mean = tl.zeros(rm.shape, tl.float32)
+        rstd = tl.zeros(rm.shape, tl.float32)
+    return mean, rstd
+
+
+@triton.jit
 def finish_z(acc, mean, rstd, bd_ptr, ws_ptr, r, R: tl.constexpr, NE: tl.constexpr, NORM: tl.constexpr):
     """The folded norm's row factors (NORM 2) and the bias on one tile of the down product."""
     if NORM == 2:
@@ -164,7 +185,7 @@ def project_down(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, rm, mm, r0,
 @triton.jit
 def store_output(y_ptr, x_ptr, res1_ptr, res2_ptr, bu_ptr, u, rm, rd, mm, scale,
                  D: tl.constexpr, EVEN: tl.constexpr, ADD_X: tl.constexpr):  # fmt: skip
-    """y = scale*(u + b_up) + x + res1 + res2 for one chunk of columns, rounded once."""
+    """y = scale*(u + b_up) + x + res1 + res2 for one chunk of columns, rounded once; returned as stored."""
     if bu_ptr is not None:
         u += load_vector(bu_ptr, rd, D, EVEN)[None, :]
     y = u * scale
@@ -174,7 +195,9 @@ def store_output(y_ptr, x_ptr, res1_ptr, res2_ptr, bu_ptr, u, rm, rd, mm, scale,
         y += load_rows(res1_ptr, rm, rd, mm, D, EVEN).to(tl.float32)
     if res2_ptr is not None:
         y += load_rows(res2_ptr, rm, rd, mm, D, EVEN).to(tl.float32)
+    y = y.to(y_ptr.dtype.element_ty)
     store_rows(y_ptr, rm, rd, mm, y, D, D, EVEN)
+    return y
 
 
 @triton.jit
