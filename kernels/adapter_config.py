@@ -98,6 +98,10 @@ HALF_BACKWARD = (
     (256, 256, 0, ((3000, 16, 64, 64, 4, 2, False), (None, 32, 64, 64, 8, 2, False))),
 )
 
+# The site's kernels hold the tail norm's row sums besides.
+HALF_SITE_FORWARD = HALF_FORWARD
+HALF_SITE_BACKWARD = HALF_BACKWARD
+
 # fp32 runs on the FMA units (true fp32, no tf32): small tiles, because both operands of a dot sit in registers.
 FLOAT_FORWARD = (
     (16, 16, 0, ((3000, 16, 32, 32, 4, 2, False), (None, 32, 32, 32, 4, 2, False))),
@@ -116,8 +120,12 @@ WEIGHT_GRADS_TILE = (32, 64)  # columns of d per program of weight_grads, column
 TABLE = {
     ("half", "forward"): (HALF_FORWARD, HALF_SPLIT, HALF_SPLIT_R),
     ("half", "backward"): (HALF_BACKWARD, HALF_SPLIT, HALF_SPLIT_R),
+    ("half", "site_forward"): (HALF_SITE_FORWARD, HALF_SPLIT, HALF_SPLIT_R),
+    ("half", "site_backward"): (HALF_SITE_BACKWARD, HALF_SPLIT, HALF_SPLIT_R),
     ("float", "forward"): (FLOAT_FORWARD, FLOAT_SPLIT, FLOAT_SPLIT_R),
     ("float", "backward"): (FLOAT_BACKWARD, FLOAT_SPLIT, FLOAT_SPLIT_R),
+    ("float", "site_forward"): (FLOAT_FORWARD, FLOAT_SPLIT, FLOAT_SPLIT_R),
+    ("float", "site_backward"): (FLOAT_BACKWARD, FLOAT_SPLIT, FLOAT_SPLIT_R),
 }
 
 

@@ -201,12 +201,21 @@ def store_output(y_ptr, x_ptr, res1_ptr, res2_ptr, bu_ptr, u, rm, rd, mm, scale,
 
 
 @triton.jit
+def add_bottleneck_grad(a1, a2, g, wu_ptr, rd, q1, q2, D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr,
+                        R2: tl.constexpr, EVEN: tl.constexpr, NE1: tl.constexpr):  # fmt: skip
+    """a + g w_up for the columns rd of g; those beyond D are zero."""
+    a1 = tl.dot(g, load_weight(wu_ptr, rd, q1, D, R, R, 1, EVEN, NE1), a1, input_precision="ieee")
+    if R2 > 0:
+        a2 = tl.dot(g, load_weight(wu_ptr, rd, q2, D, R, R, 1, EVEN, R1 + R2 <= R), a2, input_precision="ieee")
+    return a1, a2
+
+
+@triton.jit
 def grad_bottleneck(g_ptr, wu_ptr, rm, mm, r0, D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
                     NE1: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, NS: tl.constexpr):  # fmt: skip
     """grad w_up for the bottleneck's columns r0 ... r0 + R1 + R2."""
     EVEN: tl.constexpr = D % BK == 0
     R2P: tl.constexpr = R2 if R2 > 0 else 16
-    NE2: tl.constexpr = R1 + R2 <= R
     q1 = r0 + tl.arange(0, R1)
     q2 = r0 + R1 + tl.arange(0, R2P)
     a1 = tl.zeros((BM, R1), tl.float32)
@@ -214,9 +223,7 @@ def grad_bottleneck(g_ptr, wu_ptr, rm, mm, r0, D: tl.constexpr, R: tl.constexpr,
     for d0 in tl.range(0, D, BK, num_stages=NS):
         rd = d0 + tl.arange(0, BK)
         g = load_rows(g_ptr, rm, rd, mm, D, EVEN)
-        a1 = tl.dot(g, load_weight(wu_ptr, rd, q1, D, R, R, 1, EVEN, NE1), a1, input_precision="ieee")
-        if R2 > 0:
-            a2 = tl.dot(g, load_weight(wu_ptr, rd, q2, D, R, R, 1, EVEN, NE2), a2, input_precision="ieee")
+        a1, a2 = add_bottleneck_grad(a1, a2, g, wu_ptr, rd, q1, q2, D, R, R1, R2, EVEN, NE1)
     return a1, a2
 
 

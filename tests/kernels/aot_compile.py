@@ -3,7 +3,7 @@
     python tests/kernels/aot_compile.py [--op adapter] [--full] [--archs 80,90,100] [--workers 2]
 
 One JSON line per compiled kernel: architecture, element type, sizes, kernel, registers per thread, bytes of stack and
-of local memory, bytes of shared memory, and how often the tensor-core and local-memory instructions occur.
+of local memory, bytes of shared memory, barriers it asks for, how often tensor-core and local-memory instructions are.
 A fake driver answers Triton's questions about the GPU; every launch becomes `warmup`, which compiles exactly what the
 launch would run. Run as a process of its own: Triton decides at import whether it interprets or compiles.
 """
@@ -29,7 +29,7 @@ from triton.runtime.driver import driver  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fastpetl.kernels import adapter, adapter_config, launching, phm, residual_norm  # noqa: E402
+from fastpetl.kernels import adapter, adapter_config, launching, phm, residual_norm, site  # noqa: E402
 from fastpetl.kernels import rows as row_kernels  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -75,6 +75,7 @@ def resources(compiled) -> dict:
         stack=int(found["STACK"]),
         local=int(found["LOCAL"]),
         shared=compiled.metadata.shared,
+        barriers=len(re.findall(r"\bbarrier\b", compiled.asm["ttgir"])),  # the kernel's own, not those that Triton adds
         instructions={k: v for k, v in counts.items() if v},
     )
 
@@ -96,6 +97,21 @@ def call_adapter(direction, dtype, d, r, rows, norm=True, activation=1):
     else:
         z, stats = meta(rows, r, dtype=dtype), meta(rows, 2, dtype=torch.float32)
         adapter.adapter_backward(x, x, z, stats, w_down, w_up, gamma, beta, True, activation, 0.5, 127)
+
+
+def call_site(direction, dtype, d, r, rows, norm=True, activation=1, tail=1, emit_s=True, save=True, needs=511):
+    """One forward or backward that asks for everything; d-wide residuals and gradients are there, unless not saved."""
+    x, w_down, w_up = (meta(*shape, dtype=dtype) for shape in ((rows, d), (r, d), (d, r)))
+    b_down, vector = meta(r, dtype=dtype), meta(d, dtype=dtype)
+    own = (vector, vector) if norm else (None, None)
+    if direction == "site_forward":
+        behind = vector, vector if tail == 1 else None
+        site.site_forward(x, w_down, b_down, w_up, vector, *own, x, x if save else None, *behind, True, 1e-5,
+                          activation, 0.5, tail, 1e-6, emit_s, save)  # fmt: skip
+    else:
+        z, stats = meta(rows, r, dtype=dtype), meta(rows, 2, dtype=torch.float32)
+        site.site_backward(x if emit_s else None, x, x, stats, vector, x, z, stats, w_down, w_up, *own, True,
+                           activation, 0.5, tail, needs)  # fmt: skip
 
 
 def call_residual_norm(direction, dtype, d, rows=1000, tail=1, dropout=0.1, mask=True, sublayer=True):
@@ -128,7 +144,13 @@ def call_rows(dtype, d, count=True):
     row_kernels.merge(x, None, found)
 
 
-CALLS = {"adapter": call_adapter, "residual_norm": call_residual_norm, "phm": call_phm, "rows": call_rows}
+CALLS = {
+    "adapter": call_adapter,
+    "site": call_site,
+    "residual_norm": call_residual_norm,
+    "phm": call_phm,
+    "rows": call_rows,
+}
 
 
 def compile_job(job) -> list[dict]:
@@ -188,6 +210,26 @@ def all_adapter_jobs(archs):
                     yield dict(arch=arch, dtype=dtype, direction=direction, d=768, r=96, rows=10**6) | extra
 
 
+def site_jobs(archs):
+    """As adapter_jobs, and what inference and a frozen tail ask for. 288 is split: nothing of its own to compile."""
+    for arch in archs:
+        for direction in ("site_forward", "site_backward"):
+            for dtype, r, rows in (("bf16", 96, 10**6), ("bf16", 192, 10**6), ("fp32", 96, 10**6), ("bf16", 96, 1000)):
+                yield dict(arch=arch, dtype=dtype, direction=direction, d=768, r=r, rows=rows)
+    lean = dict(arch=90, dtype="bf16", d=768, rows=10**6)
+    yield lean | dict(direction="site_forward", r=96, emit_s=False, save=False, tail=2)
+    yield lean | dict(direction="site_backward", r=96, emit_s=False, needs=127, tail=2)
+    for direction in ("site_forward", "site_backward"):
+        yield lean | dict(dtype="fp16", direction=direction, r=192)
+
+
+def all_site_jobs(archs):
+    for job in all_adapter_jobs(archs):
+        if job["r"] <= 256:
+            yield job | dict(direction="site_" + job["direction"])
+            yield job | dict(direction="site_" + job["direction"], tail=2, emit_s=False, save=False, needs=127)
+
+
 def residual_norm_jobs(archs):
     """ViLT's width with everything asked for; fp32 holds the most, an odd width draws a word for each element."""
     for direction in ("forward", "backward"):
@@ -239,6 +281,7 @@ def all_rows_jobs(archs):
 
 JOBS = {
     "adapter": (adapter_jobs, all_adapter_jobs),
+    "site": (site_jobs, all_site_jobs),
     "residual_norm": (residual_norm_jobs, all_residual_norm_jobs),
     "phm": (phm_jobs, all_phm_jobs),
     "rows": (rows_jobs, all_rows_jobs),

@@ -15,7 +15,9 @@ pytest.importorskip("triton", reason="the Triton kernels need the triton package
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes one block can have
 TENSOR_CORE = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTCHMMA")}
-PRODUCTS = ("forward_fused", "forward_down", "forward_up", "backward_fused", "backward_dz", "backward_dx")
+READ_BACK = ("site_forward", "site_backward")  # threads read what others of their block wrote: a barrier lies between
+PRODUCTS = ("forward_fused", "forward_down", "forward_up", "backward_fused", "backward_dz", "backward_dx",
+            *READ_BACK)  # fmt: skip
 # ptxas gives up a few registers of its own accord where that fits one more block on an SM (128 instead of 130 registers
 # for two blocks of 256 threads, say). That few bytes do not mean a tile too large: those spilled 176 and up.
 SPILL_LIMIT = 64
@@ -23,6 +25,7 @@ SPILL_LIMIT = 64
 
 KERNELS = {
     "adapter": (*PRODUCTS, "fold_weights", "weight_grads"),
+    "site": (*READ_BACK, "fold_weights", "weight_grads", "sum_parts"),
     "residual_norm": ("forward", "backward", "sum_parts"),
     "phm": ("forward", "backward", "sum_parts"),
     "rows": ("gather", "invert", "merge", "sum_rows"),
@@ -45,6 +48,8 @@ def complaints(report):
             yield f"too much shared memory: {where}"
         if k["stack"] + k["local"] > SPILL_LIMIT:
             yield f"spills registers: {where}"
+        if k["kernel"] in READ_BACK and not k["barriers"]:
+            yield f"no barrier: {where}"
         if k["dtype"] != "fp32" and k["kernel"] in PRODUCTS:
             if not any(k["instructions"].get(name) for name in TENSOR_CORE[k["arch"]]):
                 yield f"no tensor-core instruction: {where} {k['instructions']}"
@@ -57,9 +62,10 @@ def check(report, kernels):
     assert not found, "\n".join(found)
 
 
-def test_das_configurations_compile_for_each_architecture():
-    report = compile_all()
-    check(report, KERNELS["adapter"])
+@pytest.mark.parametrize("op", ("adapter", "site"))
+def test_das_configurations_compile_for_each_architecture(op):
+    report = compile_all("--op", op)
+    check(report, KERNELS[op])
     # Hopper's and Blackwell's own matrix instructions appear from 64 rows on, which is what many rows get.
     for arch, name in ((90, "HGMMA"), (100, "UTCHMMA")):
         large = [k for k in report if k["arch"] == arch and k["rows"] == 10**6 and k["dtype"] != "fp32"]
@@ -68,7 +74,7 @@ def test_das_configurations_compile_for_each_architecture():
 
 
 def test_a_few_configurations_of_each_other_op_compile():
-    ops = [op for op in KERNELS if op != "adapter"]
+    ops = [op for op in KERNELS if op not in ("adapter", "site")]
     report = compile_all("--op", ",".join(ops))
     for op in ops:
         check([k for k in report if k["op"] == op], KERNELS[op])
@@ -82,8 +88,10 @@ def test_every_configuration_compiles_for_each_architecture(op):
 
 def test_what_counts_as_a_complaint():
     good = dict(arch=80, dtype="bf16", kernel="forward_fused", shared=1, stack=0, local=0, instructions={"HMMA": 1})
-    assert list(complaints([good])) == []
+    site = good | dict(kernel="site_forward", barriers=1)
+    assert list(complaints([good, site])) == []
     for message, change in {
+        "no barrier": site | dict(barriers=0),
         "too much shared memory": dict(shared=166_913),
         "spills registers": dict(stack=72),
         "no tensor-core instruction": dict(instructions={"FFMA": 100}),
