@@ -211,23 +211,26 @@ def all_adapter_jobs(archs):
 
 
 def site_jobs(archs):
-    """As adapter_jobs, and what inference and a frozen tail ask for. 288 is split: nothing of its own to compile."""
-    for arch in archs:
-        for direction in ("site_forward", "site_backward"):
-            for dtype, r, rows in (("bf16", 96, 10**6), ("bf16", 192, 10**6), ("fp32", 96, 10**6), ("bf16", 96, 1000)):
-                yield dict(arch=arch, dtype=dtype, direction=direction, d=768, r=r, rows=rows)
-    lean = dict(arch=90, dtype="bf16", d=768, rows=10**6)
-    yield lean | dict(direction="site_forward", r=96, emit_s=False, save=False, tail=2)
-    yield lean | dict(direction="site_backward", r=96, emit_s=False, needs=127, tail=2)
+    """DAS's bottlenecks but 288, which is split: then nothing of the site's own compiles. What inference asks for."""
+    many = dict(dtype="bf16", d=768, rows=10**6)
     for direction in ("site_forward", "site_backward"):
-        yield lean | dict(dtype="fp16", direction=direction, r=192)
+        for arch in archs:
+            yield many | dict(arch=arch, direction=direction, r=96)
+        for arch, dtype, r, rows in ((80, "bf16", 192, 10**6), (90, "fp32", 96, 10**6), (90, "bf16", 96, 1000)):
+            yield many | dict(arch=arch, direction=direction, dtype=dtype, r=r, rows=rows)
+    yield many | dict(arch=90, direction="site_forward", r=192, emit_s=False, save=False, tail=2)
+    yield many | dict(arch=90, direction="site_backward", r=192, emit_s=False, needs=127, tail=2)
 
 
 def all_site_jobs(archs):
+    """As all_adapter_jobs; the leanest call at one size."""
+    for arch in archs:
+        lean = dict(arch=arch, dtype="bf16", d=768, r=96, rows=10**6, tail=2, emit_s=False)
+        yield lean | dict(direction="site_forward", save=False)
+        yield lean | dict(direction="site_backward", needs=127)
     for job in all_adapter_jobs(archs):
         if job["r"] <= 256:
             yield job | dict(direction="site_" + job["direction"])
-            yield job | dict(direction="site_" + job["direction"], tail=2, emit_s=False, save=False, needs=127)
 
 
 def residual_norm_jobs(archs):

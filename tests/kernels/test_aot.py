@@ -15,17 +15,17 @@ pytest.importorskip("triton", reason="the Triton kernels need the triton package
 
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes one block can have
 TENSOR_CORE = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTCHMMA")}
-READ_BACK = ("site_forward", "site_backward")  # threads read what others of their block wrote: a barrier lies between
-PRODUCTS = ("forward_fused", "forward_down", "forward_up", "backward_fused", "backward_dz", "backward_dx",
-            *READ_BACK)  # fmt: skip
+ADAPTER = ("forward_fused", "forward_down", "forward_up", "backward_fused", "backward_dz", "backward_dx")
+SITE = ("site_forward", "site_backward")  # their threads read what others of the block wrote: a barrier lies between
+PRODUCTS = (*ADAPTER, *SITE)
 # ptxas gives up a few registers of its own accord where that fits one more block on an SM (128 instead of 130 registers
 # for two blocks of 256 threads, say). That few bytes do not mean a tile too large: those spilled 176 and up.
 SPILL_LIMIT = 64
 
 
 KERNELS = {
-    "adapter": (*PRODUCTS, "fold_weights", "weight_grads"),
-    "site": (*READ_BACK, "fold_weights", "weight_grads", "sum_parts"),
+    "adapter": (*ADAPTER, "fold_weights", "weight_grads"),
+    "site": (*SITE, "fold_weights", "weight_grads", "sum_parts"),
     "residual_norm": ("forward", "backward", "sum_parts"),
     "phm": ("forward", "backward", "sum_parts"),
     "rows": ("gather", "invert", "merge", "sum_rows"),
@@ -48,7 +48,7 @@ def complaints(report):
             yield f"too much shared memory: {where}"
         if k["stack"] + k["local"] > SPILL_LIMIT:
             yield f"spills registers: {where}"
-        if k["kernel"] in READ_BACK and not k["barriers"]:
+        if k["kernel"] in SITE and not k["barriers"]:
             yield f"no barrier: {where}"
         if k["dtype"] != "fp32" and k["kernel"] in PRODUCTS:
             if not any(k["instructions"].get(name) for name in TENSOR_CORE[k["arch"]]):
