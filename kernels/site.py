@@ -10,7 +10,6 @@ interpreter (TRITON_INTERPRET=1). `verify` says whether a call can be served, an
 from __future__ import annotations
 
 import torch
-import triton
 
 from . import adapter, adapter_config, launching, residual_norm
 from . import site_kernels as K
@@ -68,8 +67,9 @@ def site_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, re
     with launching.on_device(x):
         down, norm_kind = adapter._down(cfg, w_down, b_down, norm_weight, norm_bias)
         saved = (t if t.numel() else None for t in (z, stats, tail_stats))
+        grid = (launching.cdiv(rows, cfg.block_m),)
         launching.launch(
-            K.site_forward, (triton.cdiv(rows, cfg.block_m),), x, *down, w_up, b_up, res1, res2, tail_weight, tail_bias,
+            K.site_forward, grid, x, *down, w_up, b_up, res1, res2, tail_weight, tail_bias,
             s if s.numel() else n, n, *saved, rows, float(eps), float(scale), float(tail_eps),
             D=d, R=r, R2=cfg.r2, BK=cfg.block_k, BN=cfg.block_n, ACT=activation, NORM=norm_kind, ADD_X=bool(add_x),
             TAIL=tail, **adapter._tile(cfg),
@@ -107,7 +107,7 @@ def site_backward(g_s, g_n, s, tail_stats, tail_weight, x, z, stats, w_down, w_u
         rest = adapter.adapter_backward(g, x, z, stats, w_down, w_up, norm_weight, norm_bias, add_x, activation, scale,
                                         mine, config=config)  # fmt: skip
         return (g, *rest, *behind)
-    g, tiles = torch.empty_like(x), triton.cdiv(rows, cfg.block_m)
+    g, tiles = torch.empty_like(x), launching.cdiv(rows, cfg.block_m)
     part = x.new_empty(tiles, 2, d, dtype=torch.float32) if behind else None
     dtail_weight, dtail_bias = (x.new_empty(d if behind & bit else 0) for bit in (1, 2))
 
