@@ -98,8 +98,8 @@ HALF_BACKWARD = (
     (256, 256, 0, ((3000, 16, 64, 64, 4, 2, False), (None, 32, 64, 64, 8, 2, False))),
 )
 
-# The site (its speed has not been measured): forward the norm behind needs no other tiles. Backward it takes registers:
-# 64 rows spill with 4 warps from r = 96 on, and with 8 warps 64 + 32 leaves room for two programs on an SM of sm_90.
+# The site: speeds not measured. The norm behind it changes nothing forward. Backward it takes registers: from r = 96 on
+# 64 rows spill with 4 warps; with 8, 64 + 32 leaves room for two programs on an SM of sm_90.
 HALF_SITE_FORWARD = HALF_FORWARD
 HALF_SITE_BACKWARD = (
     *HALF_BACKWARD[:3],
