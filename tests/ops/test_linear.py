@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 
-from fastpetl import backends, ops
+from fastpetl import _measuring, backends, ops
 from fastpetl.ops import PackCache, _linear
 from ops.op_cases import LINEAR_BACKENDS, assert_two_times, using
 
@@ -168,8 +168,8 @@ def test_auto_measures_once_per_shape_class(monkeypatch):
     backends.forget()
     x, weights, biases, options = arguments(65, 40, (8,), None, True)
     measured = []
-    measure = backends._measure
-    monkeypatch.setattr(backends, "_measure", lambda *a: measured.append(list(a[0])) or measure(*a))
+    measure = _measuring._measure
+    monkeypatch.setattr(_measuring, "_measure", lambda *a: measured.append(list(a[0])) or measure(*a))
     for rows in (65, 128, 100):
         ops.linear(x.new_zeros(rows, 40).uniform_(), weights, biases)
     assert len(measured) == 1
