@@ -46,7 +46,7 @@ int fastpetl_cuda_gather_rows(const void* x, const int64_t* index, const int64_t
 // y[index[i]] = rows[i], or zeros where rows is null, for i < count; the rest of y is left as it is.
 int fastpetl_cuda_scatter_rows(const void* rows, const int64_t* index, const int64_t* count, void* y, int64_t n,
                                int64_t m, int64_t bytes, int device, void* stream);
-// y[j] = sum of rows[i] over i < count with index[i] == j, added in the order of i. Rows of d numbers.
-int fastpetl_cuda_add_rows(const void* rows, const int64_t* index, const int64_t* count, void* y, int64_t n, int64_t m,
+// y[j] = sum of rows[i] over i < count with index[i] == j, added in fp32 in the order of i. Rows of d numbers.
+int fastpetl_cuda_add_rows(const void* rows, const int64_t* index, const int64_t* count, float* y, int64_t n, int64_t m,
                            int64_t d, int dtype, int device, void* stream);
 }

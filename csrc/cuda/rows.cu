@@ -45,17 +45,18 @@ __global__ void __launch_bounds__(THREADS) scatter(const U* rows, const int64_t*
 }
 
 // A block owns BINS rows of y. It reads the index from front to back, lists the entries that fall into its rows, and
-// adds those in their order: each column has one thread, so the sum has one order.
+// adds those in their order: each column has one thread, so the sum has one order. In fp32: in bf16 a sum of ones would
+// stop at 256.
 constexpr int BINS = 32;
 template <typename T>
-__global__ void __launch_bounds__(THREADS) add(const T* rows, const int64_t* index, const int64_t* count, T* y,
+__global__ void __launch_bounds__(THREADS) add(const T* rows, const int64_t* index, const int64_t* count, float* y,
                                                int64_t n, int64_t m, int64_t d) {
   FP_DYN_SMEM(int, list);  // [THREADS] places in this chunk of the index, in order; behind it each warp's share
   int* shares = list + THREADS;
   const int64_t kept = limit(count, m), first = static_cast<int64_t>(blockIdx.x) * BINS;
   const int64_t last = first + BINS < n ? first + BINS : n;
   const int warp = threadIdx.x / 32, lane = threadIdx.x & 31;
-  for (int64_t i = first * d + threadIdx.x; i < last * d; i += THREADS) y[i] = static_cast<T>(0.f);
+  for (int64_t i = first * d + threadIdx.x; i < last * d; i += THREADS) y[i] = 0.f;
   __syncthreads();  // a thread clears other columns than it adds to
   for (int64_t chunk = 0; chunk < kept; chunk += THREADS) {
     const int64_t i = chunk + threadIdx.x, row = i < kept ? checked(index[i], n) : -1;
@@ -70,7 +71,7 @@ __global__ void __launch_bounds__(THREADS) add(const T* rows, const int64_t* ind
     for (int k = 0; k < total; ++k) {
       const int64_t from = chunk + list[k], to = index[from];
       for (int64_t c = threadIdx.x; c < d; c += THREADS)
-        y[to * d + c] = static_cast<T>(static_cast<float>(y[to * d + c]) + static_cast<float>(rows[from * d + c]));
+        y[to * d + c] += static_cast<float>(rows[from * d + c]);
     }
   }
 }
@@ -115,7 +116,7 @@ extern "C" int fastpetl_cuda_scatter_rows(const void* rows, const int64_t* index
   return cudaGetLastError();
 }
 
-extern "C" int fastpetl_cuda_add_rows(const void* rows, const int64_t* index, const int64_t* count, void* y, int64_t n,
+extern "C" int fastpetl_cuda_add_rows(const void* rows, const int64_t* index, const int64_t* count, float* y, int64_t n,
                                       int64_t m, int64_t d, int dtype, int device, void* stream) {
   if (n == 0 || d == 0) return cudaSuccess;
   if (const int error = cudaSetDevice(device)) return error;
@@ -124,16 +125,14 @@ extern "C" int fastpetl_cuda_add_rows(const void* rows, const int64_t* index, co
   const size_t smem = sizeof(int) * (THREADS + WARPS);
   switch (dtype) {
     case FP_CUDA_F32:
-      FP_LAUNCH((add<float>), grid, THREADS, smem, s, static_cast<const float*>(rows), index, count,
-                static_cast<float*>(y), n, m, d);
+      FP_LAUNCH((add<float>), grid, THREADS, smem, s, static_cast<const float*>(rows), index, count, y, n, m, d);
       return cudaGetLastError();
     case FP_CUDA_F16:
-      FP_LAUNCH((add<__half>), grid, THREADS, smem, s, static_cast<const __half*>(rows), index, count,
-                static_cast<__half*>(y), n, m, d);
+      FP_LAUNCH((add<__half>), grid, THREADS, smem, s, static_cast<const __half*>(rows), index, count, y, n, m, d);
       return cudaGetLastError();
     case FP_CUDA_BF16:
       FP_LAUNCH((add<__nv_bfloat16>), grid, THREADS, smem, s, static_cast<const __nv_bfloat16*>(rows), index, count,
-                static_cast<__nv_bfloat16*>(y), n, m, d);
+                y, n, m, d);
       return cudaGetLastError();
   }
   return cudaErrorInvalidValue;

@@ -3,7 +3,7 @@
 //
 // fp16 and bf16 use tensor cores (mma.sync, ldmatrix, cp.async: sm_80 and newer), fp32 uses FMA, one source for all.
 // Compiled, checked for spills and run on the CPU by tests/build, but never yet timed or run on a GPU:
-// backend="auto" therefore chooses it only where a table made on that GPU says so.
+// backend="auto" therefore takes it only where fastpetl/tuned.json, made on that GPU, says so.
 #include <initializer_list>
 
 #include "cuda/fastpetl_cuda.h"
