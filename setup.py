@@ -259,7 +259,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["fastpetl", "fastpetl.*"]),
-    package_data={"fastpetl": ["demo/assets/*"]},
+    package_data={"fastpetl": ["demo/assets/*", "tuned.json"]},
     install_requires=["torch>=2.11", "numpy"],
     extras_require={
         "triton": triton,

@@ -1,7 +1,8 @@
 """Which backend serves a call, and why not another one.
 
 `resolve` answers for one call, `availability` lists everything for `python -m fastpetl info`, and `pick` chooses
-between several serving backends by measuring them (`_measuring.py`; `tuned` shows what it found).
+between several serving backends by measuring them (`_measuring.py`; `tuned` shows what it found). On a GPU what was
+measured is data: `of_size` looks it up (`_tuned.py`).
 """
 
 from __future__ import annotations
@@ -14,16 +15,20 @@ from typing import NamedTuple
 
 import torch
 
-from ._build import extension
+from . import _tuned
+from ._build import build_info, extension
 from ._measuring import forget, pick, picked, tuned
 
 __all__ = [
     "BACKENDS",
+    "BY_SIZE",
     "Choice",
     "availability",
     "candidates",
     "for_op",
     "forget",
+    "if_served",
+    "of_size",
     "pick",
     "picked",
     "resolve",
@@ -35,16 +40,19 @@ __all__ = [
 
 # Every backend an op has, and the order in which "auto" tries them on a device ("reference" serves everywhere).
 BACKENDS = {
-    "adapter": ("cpp", "triton", "reference"),
+    "adapter": ("cpp", "triton", "cuda", "reference"),
+    "site": ("cpp", "triton", "cuda", "composed"),  # adapter and trailing norm in one launch, or in two
     "linear": ("cpp", "onednn", "torch", "reference"),
     "attention": ("cpp", "torch", "reference"),
     "residual_norm": ("cpp", "triton", "torch", "reference"),
     "phm": ("cpp", "triton", "reference"),
-    "rows": ("triton", "reference"),
+    "rows": ("triton", "cuda", "reference"),
 }
 _AUTO = {
     ("adapter", "cpu"): ("cpp", "reference"),
     ("adapter", "cuda"): ("triton", "reference"),
+    ("site", "cpu"): ("cpp", "composed"),
+    ("site", "cuda"): ("triton", "composed"),
     ("linear", "cpu"): ("cpp", "onednn", "torch"),
     ("attention", "cpu"): ("cpp", "reference", "torch"),
     ("residual_norm", "cpu"): ("cpp", "torch"),
@@ -55,6 +63,7 @@ _AUTO = {
 }
 _ELSEWHERE = {  # devices without kernels of ours
     "adapter": "reference",
+    "site": "composed",
     "linear": "torch",
     "attention": "torch",
     "residual_norm": "torch",
@@ -62,7 +71,7 @@ _ELSEWHERE = {  # devices without kernels of ours
     "rows": "reference",
 }
 _NAMES = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BY_SIZE = "by size"  # in place of a backend's name: each call asks the table of its GPU (`of_size`)
 MAX_HEAD_DIM = 128  # csrc/cpu's attention keeps one head's row in registers
 
 
@@ -85,6 +94,37 @@ def _triton_kernels(op: str) -> tuple[bool, str]:
     except ImportError as error:
         return False, f"fastpetl.kernels.{op} does not import: {error}"
     return True, "triton is installed"
+
+
+@functools.cache
+def _cuda_image(index: int) -> tuple[bool, str]:
+    """Whether the compiled module holds code for that GPU: a cubin of its major version, or PTX of an older one."""
+    major, minor = torch.cuda.get_device_capability(index)
+    archs = build_info()["cuda_archs"]
+    for arch in filter(None, archs.replace(",", ";").replace(" ", ";").split(";")):
+        number = arch.removesuffix("+PTX").removeprefix("sm_").replace(".", "")
+        built = divmod(int(number.rstrip("af")), 10)
+        exact = number.endswith("a")
+        if built == (major, minor) or not exact and (built[0] == major and built[1] <= minor):
+            return True, "the CUDA kernels are built"
+        if arch.endswith("+PTX") and not exact and built < (major, minor):
+            return True, "the CUDA kernels are built (as PTX)"
+    return False, f"the CUDA kernels are built for {archs}, this device has {major}.{minor}"
+
+
+def _verify_cuda(op, device, dtype, head_dim):
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False, f"the CUDA kernels take float32, bfloat16 and float16, the tensors are {_short(dtype)}"
+    if device != "cuda":
+        return False, f"the CUDA kernels run on CUDA, the tensors are on {device}"
+    module, reason = extension()
+    if module is None:
+        return False, reason
+    if not hasattr(torch.ops.fastpetl, "cuda_gather_rows" if op == "rows" else f"cuda_{op}_forward"):
+        return False, "fastpetl._C was built without the CUDA kernels (no nvcc was found, or FASTPETL_CUDA=0)"
+    if not torch.cuda.is_available():
+        return True, "the CUDA kernels are built"
+    return _cuda_image(torch.cuda.current_device())
 
 
 def _verify_cpp(op, device, dtype, head_dim):
@@ -139,9 +179,11 @@ def _verify_torch(op, device, dtype, head_dim):
 _VERIFY = {
     "cpp": _verify_cpp,
     "triton": _verify_triton,
+    "cuda": _verify_cuda,
     "onednn": _verify_onednn,
     "torch": _verify_torch,
     "reference": _verify_torch,
+    "composed": _verify_torch,
 }
 
 
@@ -208,6 +250,36 @@ _RESOLVED: dict[tuple, Choice] = {}
 _FORCED, _INTERPRET = (os.environ.encodekey(name) for name in ("FASTPETL_BACKEND", "TRITON_INTERPRET"))
 
 
+def if_served(op: str, backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Semantics: the backend that serves `op`, None where one asked for by name does not: for a call that several other
+    ops can make up, which then answer for that backend.
+    """
+    _check_name(op, backend)
+    asked = (_environment("FASTPETL_BACKEND") or "auto") if backend == "auto" else backend
+    if torch._C._are_functorch_transforms_active():
+        return None
+    if asked != "auto":
+        return asked if verify(op, asked, device, dtype)[0] else None
+    return resolve_for(op, backend, device, dtype).name
+
+
+def of_size(op: str, name: str, x: torch.Tensor, width: int) -> str:
+    """Semantics: `name`; for BY_SIZE the backend measured fastest on x's GPU for x [rows, ...] and that width, if it
+    serves here, else what "auto" takes without a table.
+    """
+    if name != BY_SIZE:
+        return name
+    found = _tuned.lookup(op, x, width)
+    if found is not None and _serves(op, found, x.device.type, x.dtype):
+        return found
+    return candidates(op, x.device.type, x.dtype)[0]
+
+
+@functools.lru_cache(maxsize=256)
+def _serves(op, name, device, dtype) -> bool:
+    return verify(op, name, device, dtype)[0]
+
+
 def _environment(name: str) -> str | None:
     return os.environ.get(name) if _encoded(name) in os.environ._data else None
 
@@ -221,8 +293,13 @@ def resolve_constant(*args, **kwargs) -> Choice:
     return resolve_for(*args, **kwargs)
 
 
+def if_served_constant(*args) -> str | None:
+    """Semantics: `if_served`, a constant to Dynamo."""
+    return if_served(*args)
+
+
 # All that torch.compiler.assume_constant_result does, but without importing Dynamo: two seconds for who never compiles.
-resolve_constant._dynamo_marked_constant = True
+resolve_constant._dynamo_marked_constant = if_served_constant._dynamo_marked_constant = True
 
 
 def _resolve(op, backend, forced, device, dtype, head_dim) -> Choice:
@@ -241,6 +318,8 @@ def _resolve(op, backend, forced, device, dtype, head_dim) -> Choice:
         if not ok:
             raise RuntimeError(f"{op}: {source}, which cannot serve this call: {reason}")
         return Choice(backend, source)
+    if device == "cuda" and forced == "auto" and _tuned.has(op, dtype):
+        return Choice(BY_SIZE, "auto: by size, as measured on this kind of GPU (fastpetl/tuned.json)")
     refused = []
     for name in _AUTO.get((op, device), ()):
         ok, reason = verify(op, name, device, dtype, head_dim)
@@ -270,15 +349,13 @@ def _check_name(op: str, backend: str) -> None:
 
 def availability() -> list[tuple[str, str, bool, str]]:
     """Semantics: rows (op, backend, available, reason): can this backend serve float32 calls on this machine at all."""
-    device = {"triton": "cuda"}
+    device = {"triton": "cuda", "cuda": "cuda"}
     rows = []
     for op, names in BACKENDS.items():
         for name in names:
             ok, reason = verify(op, name, device.get(name, "cpu"), torch.float32)
-            if ok and name == "triton" and not torch.cuda.is_available():
-                ok, reason = (
-                    False,
-                    f"{reason}, but there is no CUDA device (its interpreter: TRITON_INTERPRET=1, backend='triton')",
-                )
+            if ok and name in device and not torch.cuda.is_available():
+                hint = " (its interpreter: TRITON_INTERPRET=1, backend='triton')" if name == "triton" else ""
+                ok, reason = False, f"{reason}, but there is no CUDA device{hint}"
             rows.append((op, name, ok, reason))
     return rows

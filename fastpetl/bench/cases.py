@@ -171,12 +171,12 @@ def _vlt5_site(x, f, w_down, b_down, w_up, b_up, tail_gamma):
 _PARALLEL = {"tail": "layernorm", "tail_eps": 1e-6, "emit": "both"}
 _SEQUENTIAL = {"activation": "gelu_tanh", "norm": False, "norm_bias": False, "input": "sublayer"}
 _SITE_BARS = {"both": (2.3, 2.3)}
-case("site/vilt", "residual_norm", **_SITE_BARS)(_site(_PARALLEL, _vilt_site, 1, (4, 4)))
-case("site/meter", "residual_norm", **_SITE_BARS)(_site({**_PARALLEL, "emit": "norm"}, _meter_site, 1, (3, 4)))
-case("site/vlbart", "residual_norm", **_SITE_BARS)(
+case("site/vilt", "site", **_SITE_BARS)(_site(_PARALLEL, _vilt_site, 1, (4, 4)))
+case("site/meter", "site", **_SITE_BARS)(_site({**_PARALLEL, "emit": "norm"}, _meter_site, 1, (3, 4)))
+case("site/vlbart", "site", **_SITE_BARS)(
     _site({**_SEQUENTIAL, "tail": "layernorm", "emit": "norm"}, _vlbart_site, 1, (3, 5))
 )
-case("site/vlt5", "residual_norm", **_SITE_BARS)(
+case("site/vlt5", "site", **_SITE_BARS)(
     _site({**_SEQUENTIAL, "tail": "rmsnorm", "tail_eps": 1e-6, "emit": "both"}, _vlt5_site, 1, (4, 6))
 )
 

@@ -1,4 +1,4 @@
-"""The adapter on each backend: C++, Triton and plain torch, behind one signature (that of the raw C++ ops)."""
+"""The adapter on each backend: C++, CUDA, Triton and plain torch, behind one signature (that of the raw C++ ops)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import functools
 import torch
 import torch.nn.functional as F
 
+from .. import backends
 from ..spec import ACTIVATIONS
+from . import _cuda
 from ._common import dense, rows, wide
 
 ACT = {
@@ -31,6 +33,8 @@ assert set(ACT) == set(ACTIVATIONS.values())
 def _launchers(name: str):
     if name == "cpp":
         return torch.ops.fastpetl.cpu_adapter_forward.default, torch.ops.fastpetl.cpu_adapter_backward.default
+    if name == "cuda":
+        return _cuda.adapter_forward, _cuda.adapter_backward
     if name == "triton":
         from fastpetl.kernels import adapter as kernels
 
@@ -44,6 +48,7 @@ def run_forward(name, x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res
     x, res1, res2 = (None if t is None else rows(t) for t in (x, res1, res2))
     if x.shape[0] == 0:
         return torch.empty_like(x), *_saved(x, w_down.shape[0], norm_weight, save)
+    name = backends.of_size("adapter", name, x, w_down.shape[0])
     return _launchers(name)[0](x, *parameters, res1, res2, add_x, eps, code, scale, save)
 
 
@@ -54,6 +59,7 @@ def run_backward(name, grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, 
         shapes = ((0, d), (r, d), (r,), (d, r), (d,), (d,), (d,))
         return tuple(x.new_zeros(s if needs >> i & 1 else 0) for i, s in enumerate(shapes))
     parameters = [dense(t) for t in (w_down, w_up, norm_weight, norm_bias)]
+    name = backends.of_size("adapter", name, x, w_down.shape[0])
     return tuple(_launchers(name)[1](rows(grad), x, z, stats, *parameters, add_x, code, scale, needs))
 
 

@@ -17,11 +17,13 @@ def gather_rows(x, index, count=None, *, backend="auto"):
     x [n, ...] of any floating dtype; index int64 [m], entries in [0, n), anything behind count; count: int64
     tensor of one element on x's device, data and not a shape: nothing waits for it and nothing recompiles. Returns [m,
     ...]. m = 0 gives no rows; to keep all rows needs no call. Gradients: of x, zero where a row was not kept; repeated
-    entries add up, in their order with backend="triton", which is not differentiable twice. backend "reference": torch.
+    entries add up, in fp32 and in their order with backend "triton" or "cuda", which are not differentiable twice.
+    backend "reference": torch.
     """
     _check("gather_rows", x, index, count)
-    if _serves(x, backend) == "triton":
-        return _triton("gather_rows", _rows.Gather, _rows.gather, (x, index, count))
+    name = _serves(x, backend)
+    if name != "reference":
+        return _launch("gather_rows", _rows.Gather, _rows.gather, (x, index, count, name))
     if count is None:
         return x.index_select(0, index)
     valid = torch.arange(index.shape[0], device=index.device) < count
@@ -39,8 +41,9 @@ def scatter_rows(base, rows, index, count=None, *, backend="auto"):
     _check("scatter_rows", base, index, count, "base")
     want = (index.shape[0], *base.shape[1:])
     check_like("scatter_rows", "rows", rows, want, f"{want} to match index and base", base, "base")
-    if _serves(base, backend) == "triton":
-        return _triton("scatter_rows", _rows.Scatter, _rows.scatter, (base, rows, index, count))
+    name = _serves(base, backend)
+    if name != "reference":
+        return _launch("scatter_rows", _rows.Scatter, _rows.scatter, (base, rows, index, count, name))
     if count is None:
         return base.index_copy(0, index, rows)
     n = base.shape[0]  # what lies behind count goes to a spare row
@@ -54,10 +57,10 @@ def _serves(x, backend) -> str:
     return backends.resolve("rows", backend, x).name
 
 
-def _triton(op, function, launcher, arguments):
+def _launch(op, function, launcher, arguments):
     if through_dispatcher(arguments[0]):
         return getattr(torch.ops.fastpetl, op)(*arguments)
-    if needs_grad(*arguments[:-2]):
+    if needs_grad(*arguments[:-3]):
         return function.apply(*arguments)
     return launcher(*arguments)
 

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import torch
 
+from .. import backends
 from ..spec import AdapterSpec
 from ._adapter import ACT
 from ._common import autocast_dtype, check_input, check_like
 from ._dropout import dropout_factor, dropped
+from ._fused import one_launch
 from ._residual_norm import norm_forward, skipped_rows
 from .adapter import adapter
 from .residual_norm import check_mask, check_seed, residual_norm
@@ -50,8 +52,11 @@ def adapter_residual_norm(
     "normalised" and "after": u = norm(s)); w_down [r, d]; w_up [d, r]; b_down [r], the others [d]; shortcut: a tuple
     (w_down, b_down, w_up, b_up, norm_weight, norm_bias) of any bottleneck; mask bool [batch], True = skipped: f and
     normed are not read there; seed: see `residual_norm`.
-    Composed of `adapter` and `residual_norm`, whose dtypes, rounding, gradients and backends it has; skipped samples
-    are computed apart (in compiled code together, so that a mask never recompiles).
+    A norm right behind the adapter (placement "inside", no dropout) is computed in the same launch where the backend
+    has one ("cpp", "triton", "cuda": `fastpetl.backends`, op "site"); s is then rounded once. All else, and "composed",
+    is made of `adapter` and `residual_norm`, whose dtypes, rounding, gradients and backends it has (a backend that only
+    adapters have: "auto" for the norm); skipped samples are computed apart (in compiled code together, so that a mask
+    never recompiles). "auto" on the CPU measures "cpp" and "composed" as `adapter` does.
     """
     mine = (w_down, b_down, w_up, b_up, norm_weight, norm_bias)
     _check(spec, x, f, normed, mine, tail_weight, tail_bias, shortcut, mask, seed)
@@ -82,7 +87,7 @@ def _adapt(spec, u, parameters, residuals, backend):
 
 def _finish(spec, x, f, weight, bias, seed, backend):
     """(s, n) with what the spec does not emit left out as None; f None: s is x."""
-    tail = {"tail": spec.tail, "eps": spec.tail_eps, "backend": backend}
+    tail = {"tail": spec.tail, "eps": spec.tail_eps, "backend": backends.for_op("residual_norm", backend)}
     if f is None:
         n = None if spec.tail is None else residual_norm(x, None, weight, bias, emit="norm", **tail)
         return x, n
@@ -95,6 +100,21 @@ def _emit(spec, s, n):
 
 
 def _kept(spec, x, f, normed, mine, weight, bias, seed, backend):
+    """The site of samples that are not skipped: in one launch where that can be."""
+
+    def composed(tensors):
+        x, f, normed, *mine, weight, bias = tensors
+        return _composed(spec, x, f, normed, mine, weight, bias, None, backend)
+
+    if not spec.dropout:
+        made = one_launch(spec, x, f, normed, mine, weight, bias, backend, composed)
+        if made is not None:
+            return _emit(spec, *made)
+    return _composed(spec, x, f, normed, mine, weight, bias, seed, backend)
+
+
+def _composed(spec, x, f, normed, mine, weight, bias, seed, backend):
+    backend = "auto" if backend == "composed" else backend
     if spec.input == "sublayer":
         return _emit(spec, *_finish(spec, x, _adapt(spec, f, mine, (f,), backend), weight, bias, seed, backend))
     u = x if spec.input == "residual" else normed

@@ -36,4 +36,5 @@ def test_text_names_compiler_and_cuda(monkeypatch):
     assert lines["compiled part"] == "built by g++ 12 against torch 2.13.0, running 2.11.0"
     assert lines["CUDA C++"].startswith("not built")
     build |= {"cuda": True, "nvcc": "13.0", "cuda_archs": "80;90a"}
-    assert "built by nvcc 13.0 for 80;90a; not yet run on a GPU" in dict(info._build_lines(build, "2.11.0"))["CUDA C++"]
+    said = dict(info._build_lines(build, "2.11.0"))["CUDA C++"]
+    assert "built by nvcc 13.0 for 80;90a; auto takes it where tuned.json says so" in said

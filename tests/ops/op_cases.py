@@ -17,7 +17,8 @@ def _cpu_isas():
     return [f"cpp-{isa}" for isa in module.cpu_isas()] if module else ["cpp"]
 
 
-ADAPTER_BACKENDS = ["reference", *_cpu_isas(), "triton"]
+ADAPTER_BACKENDS = ["reference", *_cpu_isas(), "triton", "cuda"]
+SITE_LAUNCHERS = ["reference", "composed", *_cpu_isas(), "triton", "cuda"]
 LINEAR_BACKENDS = ["reference", "torch", "onednn", *_cpu_isas()]
 ATTENTION_BACKENDS = ["reference", "torch", *_cpu_isas()]
 

@@ -110,7 +110,7 @@ def test_reference_launcher_is_the_reference(activation, arguments):
         torch.testing.assert_close(g, want.get(k, g.new_empty(0)))
 
 
-EAGER = ["cpp", "triton"]
+EAGER = ["cpp", "triton", "cuda"]
 
 
 @pytest.mark.parametrize("label", EAGER)

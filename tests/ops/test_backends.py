@@ -45,7 +45,9 @@ def test_explicit_request_that_cannot_serve_raises_with_the_reason(monkeypatch):
         RuntimeError, match="linear: .* linear has no triton backend \\(it has cpp, onednn, torch, reference\\)"
     ):
         ops.linear(X, torch.zeros(8, 40), backend="triton")
-    with pytest.raises(ValueError, match="adapter: backend is 'cuda', expected auto, cpp, triton, reference"):
+    with pytest.raises(ValueError, match="adapter: backend is 'fast', expected auto, cpp, triton, cuda, reference"):
+        call_adapter(ops.adapter, a, backend="fast")
+    with pytest.raises(RuntimeError, match="'cuda', .*: the CUDA kernels run on CUDA, the tensors are on cpu"):
         call_adapter(ops.adapter, a, backend="cuda")
 
 

@@ -268,7 +268,7 @@ W = torch.ones(8)
             "seed is int32 (1,) on cpu, expected int64 of one element on cpu",
             {"dropout": 0.1, "seed": torch.ones(1).int()},
         ),
-        ("backend is 'cuda', expected auto, cpp, triton, torch, reference", {"backend": "cuda"}),
+        ("backend is 'fast', expected auto, cpp, triton, torch, reference", {"backend": "fast"}),
     ],
 )
 def test_errors(error, change):

@@ -7,7 +7,8 @@ from torch.library import opcheck
 from fastpetl import ops
 from ops.op_cases import using
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "triton", "cuda"]
+FUSED = BACKENDS[1:]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -72,9 +73,10 @@ def test_repeated_entries_add_up(backend):
     assert torch.equal(*dx)
 
 
-def test_repeated_entries_are_summed_in_fp32():
+@pytest.mark.parametrize("backend", FUSED)
+def test_repeated_entries_are_summed_in_fp32(backend):
     x, index = torch.zeros(2, 8, dtype=torch.bfloat16, requires_grad=True), torch.ones(300, dtype=torch.int64)
-    with using("rows", "triton", torch.bfloat16) as name:
+    with using("rows", backend, torch.bfloat16) as name:
         (dx,) = torch.autograd.grad(ops.gather_rows(x, index, backend=name).sum(), x)
     assert not dx[0].any() and (dx[1] == 300).all()  # in bf16 the sum stops at 256
 
@@ -90,9 +92,10 @@ def test_strided_tensors_and_expanded_gradients(backend):
     assert torch.equal(g, torch.ones(8, 6))
 
 
-def test_results_may_be_modified_in_place():
+@pytest.mark.parametrize("backend", FUSED)
+def test_results_may_be_modified_in_place(backend):
     x = torch.randn(4, 2, 3, requires_grad=True)
-    with using("rows", "triton") as name:
+    with using("rows", backend) as name:
         y = ops.gather_rows(x, torch.tensor([1, 3]), backend=name)
         y += 1
         (g,) = torch.autograd.grad(y.sum(), x)
@@ -114,35 +117,38 @@ def test_nothing_outside_the_rows_is_touched():
     assert whole[:4].isnan().all() and whole[8:].isnan().all()
 
 
-def test_not_differentiable_twice():
+@pytest.mark.parametrize("backend", FUSED)
+def test_not_differentiable_twice(backend):
     x = torch.randn(4, 3, requires_grad=True)
-    with using("rows", "triton") as name:
+    with using("rows", backend) as name:
         y = ops.gather_rows(x, torch.tensor([1]), backend=name)
         (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
         with pytest.raises(RuntimeError, match="gather_rows: .* cannot be differentiated twice"):
             g.sum().backward()
 
 
-def test_opcheck():
+@pytest.mark.parametrize("backend", FUSED)
+def test_opcheck(backend):
     x, index, count = torch.randn(4, 2, 3, requires_grad=True), torch.tensor([2, 0, 1]), torch.tensor([2])
     rows = torch.randn(3, 2, 3, requires_grad=True)
-    with using("rows", "triton"):
-        opcheck(torch.ops.fastpetl.gather_rows.default, (x, index, count))
-        opcheck(torch.ops.fastpetl.gather_rows.default, (x, index, None))
-        opcheck(torch.ops.fastpetl.scatter_rows.default, (x, rows, index, count))
-        opcheck(torch.ops.fastpetl.scatter_rows.default, (x, None, index, count))
+    with using("rows", backend) as name:
+        opcheck(torch.ops.fastpetl.gather_rows.default, (x, index, count, name))
+        opcheck(torch.ops.fastpetl.gather_rows.default, (x, index, None, name))
+        opcheck(torch.ops.fastpetl.scatter_rows.default, (x, rows, index, count, name))
+        opcheck(torch.ops.fastpetl.scatter_rows.default, (x, None, index, count, name))
 
 
-def test_compiled_without_recompiling():
+@pytest.mark.parametrize("backend", FUSED)
+def test_compiled_without_recompiling(backend):
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def block(x, index, count):
-        y = ops.gather_rows(x, index, count, backend="triton")
-        return ops.scatter_rows(x, y * 2, index, count, backend="triton").square().sum()
+        y = ops.gather_rows(x, index, count, backend=backend)
+        return ops.scatter_rows(x, y * 2, index, count, backend=backend).square().sum()
 
     counters, graphs = torch._dynamo.utils.counters, []
-    with using("rows", "triton"):
+    with using("rows", backend):
         for i in range(3):
             x, index = torch.randn(5 + i, 3 + i, 6, requires_grad=True), torch.randperm(5 + i)[: 3 + i]
             (got,) = torch.autograd.grad(block(x, index, torch.tensor([i])), x)
@@ -157,5 +163,5 @@ def test_a_backend_that_cannot_serve_says_why():
     x, index = torch.randn(3, 2, dtype=torch.float64), torch.tensor([1])
     with pytest.raises(RuntimeError, match="rows: backend is 'triton', .* the tensors are float64"):
         ops.gather_rows(x, index, backend="triton")
-    with pytest.raises(ValueError, match="rows: backend is 'cuda', expected auto, triton, reference"):
-        ops.gather_rows(x, index, backend="cuda")
+    with pytest.raises(ValueError, match="rows: backend is 'fast', expected auto, triton, cuda, reference"):
+        ops.gather_rows(x, index, backend="fast")

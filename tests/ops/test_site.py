@@ -12,7 +12,7 @@ from fastpetl import ops
 from fastpetl.spec import AdapterSpec
 from ops.op_cases import _cpu_isas, assert_two_times, using
 
-BACKENDS = ["reference", *_cpu_isas(), "triton"]
+BACKENDS = ["reference", *_cpu_isas(), "triton", "cuda"]
 VILT = AdapterSpec(64, 24, tail="layernorm", tail_eps=1e-6, emit="both")
 METER = AdapterSpec(64, 24, tail="layernorm", tail_eps=1e-12, emit="norm")
 METER_FFN = replace(METER, placement="after")
@@ -78,7 +78,7 @@ def doubled(tensors, named, shortcut):
 def compare(backend, made, spec, dtype=torch.float32, **options):
     want = results(ops.adapter_residual_norm_reference, *doubled(*made), spec=spec, **options)
     theirs = results(ops.adapter_residual_norm_reference, *made, spec=spec, **options)
-    with using("residual_norm", backend, dtype) as name:
+    with using("adapter", backend, dtype) as name:
         ours = results(ops.adapter_residual_norm, *made, spec=spec, backend=name, **options)
     for i, (o, t, w) in enumerate(zip(ours, theirs, want, strict=True)):
         assert_two_times(o, t, w, f"result {i}")
@@ -162,7 +162,7 @@ def test_skipped_samples_and_dropout(backend, name, shortcut, dropout):
 def test_a_sample_does_not_depend_on_its_neighbours(backend, mask):
     tensors, named, shortcut = site(VILT, (3, 7), shortcut=40)
     tensors[1].data[torch.tensor(mask)] = float("nan")  # skipped samples' f is not read
-    with using("residual_norm", backend) as name:
+    with using("adapter", backend) as name:
         options = {"spec": VILT, **named, "shortcut": shortcut, "backend": name}
 
         def run(x, f, m):

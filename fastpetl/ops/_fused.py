@@ -1,0 +1,137 @@
+"""The site in one launch: which calls it takes, the eager door, and the door of compiled code."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import backends
+from ..spec import TAILS
+from ._common import autocast_dtype, first_order, grad_mask, needs_grad, rows, through_dispatcher, unflatten
+from ._measured import choose, rows_class
+from ._site import run_backward, run_forward
+
+
+def one_launch(spec, x, f, normed, mine, tail_weight, tail_bias, backend, composed):
+    """Semantics: (s, n) of a site without dropout and mask by one launch, s None where the spec does not emit it;
+    None where it is to be composed: no norm behind the adapter, mixed dtypes, or a backend without such a kernel.
+
+    composed(tensors): the same site by several ops, what eager fp32 calls on the CPU are measured against.
+    """
+    tensors = (x, f, normed, *mine, tail_weight, tail_bias)
+    if spec.tail is None or spec.placement != "inside" or not _of_one_kind(spec, *tensors):
+        return None
+    compiled = through_dispatcher(x)
+    serves = backends.if_served_constant if compiled else backends.if_served
+    name = serves("site", backend, x.device.type, x.dtype)
+    if name in (None, "composed"):
+        return None
+    grad = needs_grad(*tensors)
+    if not compiled and backend == "auto" and name == "cpp" and x.dtype == torch.float32 and x.numel():
+        name = _choose(spec, tensors, grad, composed)
+    if name == "composed":
+        return None
+    return _compiled(spec, tensors, grad, name) if compiled else _eager(spec, tensors, grad, name)
+
+
+def _of_one_kind(spec, x, f, normed, *parameters) -> bool:
+    """Whether all is of x's dtype and shaped as the spec says; what is not, the composed ops cast or refuse."""
+    if autocast_dtype(x) not in (None, x.dtype):
+        return False
+    d, r = (spec.hidden,), (spec.bottleneck,)
+    shapes = (x.shape, x.shape, r + d, r, d + r, *(d,) * 5)
+    return all(t is None or _like(t, shape, x) for t, shape in zip((f, normed, *parameters), shapes, strict=True))
+
+
+def _like(t, shape, x) -> bool:
+    return isinstance(t, torch.Tensor) and t.shape == shape and t.dtype == x.dtype and t.device == x.device
+
+
+def _arranged(spec, tensors):
+    """(the launcher's eleven tensors, add_x): what the adapter reads, its parameters, what is added, the tail's."""
+    x, f, normed, *mine, tail_weight, tail_bias = tensors
+    if spec.input == "residual":
+        u, res1, res2 = x, f, None
+    elif spec.input == "sublayer":
+        u, res1, res2 = f, x, None
+    else:
+        u, res1, res2 = normed, x, f
+    return (u, *mine, res1, res2, tail_weight, tail_bias), spec.input != "normalised"
+
+
+def _config(spec, add_x):
+    return add_x, spec.eps, spec.code, float(spec.scale), TAILS[spec.tail], spec.tail_eps, spec.emit == "both"
+
+
+def _eager(spec, tensors, grad, name):
+    arranged, add_x = _arranged(spec, tensors)
+    config = _config(spec, add_x)
+    if grad:
+        return _Site.apply(*arranged, *config, name)
+    s, n, *_ = run_forward(name, *arranged, *config, False)
+    return (s.view(tensors[0].shape) if spec.emit == "both" else None), n.view(tensors[0].shape)
+
+
+def _compiled(spec, tensors, grad, name):
+    (u, *mine, res1, res2, tail_weight, tail_bias), add_x = _arranged(spec, tensors)
+    flat = [None if t is None else rows(t) for t in (res1, res2)]
+    out = torch.ops.fastpetl.site(rows(u), *mine, *flat, tail_weight, tail_bias, *_config(spec, add_x), grad, name)
+    return (out[0].view(u.shape) if spec.emit == "both" else None), out[1].view(u.shape)
+
+
+def _choose(spec, tensors, grad, composed) -> str:
+    def one(name, tensors):
+        return composed(tensors) if name == "composed" else _eager(spec, tensors, grad, name)
+
+    x = tensors[0]
+    names = backends.serving("site", "auto", x.device.type, x.dtype)
+    there = tuple([t is not None for t in tensors])
+    wanted = tuple([t is not None and t.requires_grad for t in tensors]) if grad else None
+    key = (rows_class(x), spec.hidden, spec.bottleneck, spec.code, spec.input, spec.scale != 1, spec.tail, spec.emit)
+    # Both are true fp32: the tolerance is for a ReLU that a rounding switches.
+    return choose("site", "cpp", names, (*key, there, wanted), one, tensors, grad, "composed", 1e-2)
+
+
+class _Site(torch.autograd.Function):
+    """The eager door: straight to the launcher."""
+
+    @staticmethod
+    def forward(ctx, x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, tail_weight, tail_bias, add_x,
+                eps, code, scale, tail, tail_eps, emit_s, name):  # fmt: skip
+        parameters = w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, tail_weight, tail_bias
+        x2 = rows(x)
+        s, n, z, stats, tail_stats = run_forward(
+            name, x2, *parameters, add_x, eps, code, scale, tail, tail_eps, emit_s, True
+        )
+        ctx.config = add_x, code, scale, tail, name
+        ctx.set_materialize_grads(False)
+        # Where s is an output, what is saved is that output: autograd then counts it once and sees writes to it.
+        out = unflatten(s, x.shape) if emit_s else None
+        kept = s if out is None else out
+        ctx.save_for_backward(kept, tail_stats, tail_weight, x2, z, stats, w_down, w_up, norm_weight, norm_bias)
+        return out, unflatten(n, x.shape)
+
+    @staticmethod
+    @first_order("adapter_residual_norm")
+    def backward(ctx, g_s, g_n):
+        like = g_s if g_n is None else g_n
+        if like is None:
+            return (None,) * 19
+        s, *saved = ctx.saved_tensors
+        add_x, code, scale, tail, name = ctx.config
+        needs = asked(ctx.needs_input_grad)
+        out = run_backward(name, g_s, g_n, rows(s), *saved, add_x, code, scale, tail, needs)
+        grads = placed(out, needs, ctx.needs_input_grad)
+        return (*(g.view(like.shape) if g is not None and i in (0, 7, 8) else g for i, g in enumerate(grads)),
+                *(None,) * 8)  # fmt: skip
+
+
+def asked(needs_input_grad) -> int:
+    """The launcher's `needs` from those of the site's eleven tensors."""
+    return grad_mask((*needs_input_grad[:7], *needs_input_grad[9:11]))
+
+
+def placed(out, needs, needs_input_grad) -> list:
+    """The launcher's gradients in the order of the site's eleven tensors, None where none is wanted."""
+    g, *rest = out
+    rest = [t if needs >> i & 1 else None for i, t in enumerate(rest)]
+    return [*rest[:7], *(g if needed else None for needed in needs_input_grad[7:9]), *rest[7:]]
