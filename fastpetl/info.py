@@ -56,9 +56,7 @@ def _build_lines(build: dict, running: str | None) -> list[tuple[str, str]]:
         return [("compiled part", f"missing: {build['reason']}")]
     cuda = "not built (no nvcc was found, or FASTPETL_CUDA=0)"
     if build["cuda"]:
-        cuda = (
-            f"built by nvcc {build['nvcc']} for {build['cuda_archs']}; auto takes it where fastpetl/tuned.json says so"
-        )
+        cuda = f"built by nvcc {build['nvcc']} for {build['cuda_archs']}; auto takes it where tuned.json says so"
     return [
         ("compiled part", f"built by {build['compiler']} against torch {build['torch_headers']}, running {running}"),
         ("CUDA C++", cuda),

@@ -89,7 +89,9 @@ def case(name: str, op: str, **bars):
     return register
 
 
-def _adapter(r: int):
+def adapter_of(r: int):
+    """Semantics: a builder of the ViLT adapter of that bottleneck, without the norm behind it."""
+
     def build(size: Size, make: Maker) -> Built:
         from fastpetl.ops import adapter
 
@@ -113,20 +115,20 @@ def _adapter(r: int):
 
 
 for _r, _bars in ((48, {}), (96, {"forward": (2.2, 2.2), "both": (2.3, 2.3)}), (192, {}), (288, {})):
-    case(f"adapter/r{_r}", "adapter", **_bars)(_adapter(_r))
+    case(f"adapter/r{_r}", "adapter", **_bars)(adapter_of(_r))
 
 
 # --- sites: what lies between two GEMMs -------------------------------------------------------------------------------
 
 
-def _site(spec: dict, formula, adapters: float, passes: tuple[float, float]):
+def _site(spec: dict, formula, adapters: float, passes: tuple[float, float], bottleneck: int = 96):
     """Semantics: a builder of an `adapter_residual_norm` site with own norm iff the spec has one."""
 
     def build(size: Size, make: Maker) -> Built:
         from fastpetl.ops import adapter_residual_norm, adapter_residual_norm_reference
         from fastpetl.spec import AdapterSpec
 
-        n, d, r = size.rows, size.hidden, min(96, size.hidden)
+        n, d, r = size.rows, size.hidden, min(bottleneck, size.hidden)
         whole = AdapterSpec(d, r, **spec)
         own = make.norm(d) if whole.norm else ()
         tail = make.norm(d)[: 2 if whole.tail == "layernorm" else 1]
@@ -170,8 +172,15 @@ def _vlt5_site(x, f, w_down, b_down, w_up, b_up, tail_gamma):
 
 _PARALLEL = {"tail": "layernorm", "tail_eps": 1e-6, "emit": "both"}
 _SEQUENTIAL = {"activation": "gelu_tanh", "norm": False, "norm_bias": False, "input": "sublayer"}
+
+
+def site_of(r: int):
+    """Semantics: a builder of the ViLT site of that bottleneck: the adapter and the norm behind it."""
+    return _site(_PARALLEL, _vilt_site, 1, (4, 4), r)
+
+
 _SITE_BARS = {"both": (2.3, 2.3)}
-case("site/vilt", "site", **_SITE_BARS)(_site(_PARALLEL, _vilt_site, 1, (4, 4)))
+case("site/vilt", "site", **_SITE_BARS)(site_of(96))
 case("site/meter", "site", **_SITE_BARS)(_site({**_PARALLEL, "emit": "norm"}, _meter_site, 1, (3, 4)))
 case("site/vlbart", "site", **_SITE_BARS)(
     _site({**_SEQUENTIAL, "tail": "layernorm", "emit": "norm"}, _vlbart_site, 1, (3, 5))
