@@ -33,12 +33,13 @@ def _short(dtype) -> str:
 
 
 def lookup(op: str, x: torch.Tensor, width: int) -> str | None:
-    """Semantics: the backend measured fastest for `op` on x [rows, ...]'s GPU, or None where nothing is known.
+    """Semantics: the backend measured fastest for `op` on the GPU of x [..., d], or None where nothing is known.
 
     width: the bottleneck, of ops without one the row's. Its class is the smallest measured that holds it: a kernel
     that fits a narrow bottleneck says nothing about a wider one. Rows: likewise, or the largest measured.
     """
-    return _lookup(op, _architecture(x.device.index or 0), _short(x.dtype), width, x.shape[0])
+    rows = x.numel() // max(x.shape[-1], 1)
+    return _lookup(op, _architecture(x.device.index or 0), x.dtype, width, rows)
 
 
 @functools.cache
@@ -49,16 +50,10 @@ def _architecture(index: int) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def _lookup(op, architecture, dtype, width, rows) -> str | None:
-    widths = table().get(architecture, {}).get(op, {}).get(dtype, {})
+    widths = table().get(architecture, {}).get(op, {}).get(_short(dtype), {})
     holds = sorted(int(w) for w in widths if int(w) >= width)
     if not holds:
         return None
     by_rows = widths[str(holds[0])]
     classes = sorted(map(int, by_rows))
     return by_rows[str(next((c for c in classes if c >= rows), classes[-1]))]
-
-
-def forget() -> None:
-    """Semantics: read tuned.json again at the next call."""
-    table.cache_clear()
-    _lookup.cache_clear()

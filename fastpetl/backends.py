@@ -254,29 +254,29 @@ def if_served(op: str, backend: str, device: str, dtype: torch.dtype) -> str | N
     """Semantics: the backend that serves `op`, None where one asked for by name does not: for a call that several other
     ops can make up, which then answer for that backend.
     """
-    _check_name(op, backend)
-    asked = (_environment("FASTPETL_BACKEND") or "auto") if backend == "auto" else backend
     if torch._C._are_functorch_transforms_active():
         return None
-    if asked != "auto":
-        return asked if verify(op, asked, device, dtype)[0] else None
-    return resolve_for(op, backend, device, dtype).name
+    asked = (_environment("FASTPETL_BACKEND") or "auto") if backend == "auto" else backend
+    if asked == "auto":
+        return resolve_for(op, backend, device, dtype).name
+    _check_name(op, backend)
+    return asked if _serves(op, asked, device, dtype, _environment("TRITON_INTERPRET")) else None
 
 
 def of_size(op: str, name: str, x: torch.Tensor, width: int) -> str:
-    """Semantics: `name`; for BY_SIZE the backend measured fastest on x's GPU for x [rows, ...] and that width, if it
-    serves here, else what "auto" takes without a table.
+    """Semantics: `name`; for BY_SIZE the backend measured fastest on the GPU of x [..., d] for its rows and that width,
+    if it serves here, else what "auto" takes without a table.
     """
     if name != BY_SIZE:
         return name
     found = _tuned.lookup(op, x, width)
-    if found is not None and _serves(op, found, x.device.type, x.dtype):
+    if found is not None and _serves(op, found, x.device.type, x.dtype, _environment("TRITON_INTERPRET")):
         return found
     return candidates(op, x.device.type, x.dtype)[0]
 
 
 @functools.lru_cache(maxsize=256)
-def _serves(op, name, device, dtype) -> bool:
+def _serves(op, name, device, dtype, _interpret) -> bool:
     return verify(op, name, device, dtype)[0]
 
 

@@ -5,6 +5,8 @@ s = scale * (act(own(x) w_down^T + b_down) w_up^T + b_up) + (x if add_x) + res1 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from .. import backends
@@ -15,6 +17,7 @@ ADAPTER = (1 << 7) - 1  # the bits of `needs` that ask for the adapter's gradien
 TAIL_WEIGHT, TAIL_BIAS = 1 << 7, 1 << 8
 
 
+@functools.cache
 def _launchers(name: str):
     if name == "cpp":
         return torch.ops.fastpetl.cpu_site_forward.default, torch.ops.fastpetl.cpu_site_backward.default

@@ -192,11 +192,11 @@ def table(monkeypatch):
         monkeypatch.setattr(_tuned, "table", lambda: {"sm_90": found})
         monkeypatch.setattr(_tuned, "_architecture", lambda index: "sm_90")
         _tuned._lookup.cache_clear()
-        backends._resolve.cache_clear()
+        backends._RESOLVED.clear()
 
     yield put
     _tuned._lookup.cache_clear()
-    backends._resolve.cache_clear()
+    backends._RESOLVED.clear()
 
 
 def test_a_table_of_measurements_chooses_by_size(table, monkeypatch):
