@@ -136,7 +136,7 @@ def test_reference_launcher_in_float64(site):
 
 @pytest.mark.parametrize("label", SITE_LAUNCHERS)
 def test_only_what_is_asked_for(label):
-    """Each subset of gradients is the full set's bit for bit; the sum, and what a backward needs, only where wanted."""
+    """Each subset of gradients is the full set's; the sum, and what a backward needs, only where wanted."""
     a = arguments(9, 40, 8, "vilt")
     g_s, g_n = (torch.randn(9, 40).to(a["x"]) for _ in range(2))
     with launcher(label) as name:
@@ -149,9 +149,11 @@ def test_only_what_is_asked_for(label):
         full = launch_back(name, a, "vilt", both, g_s, g_n, 511)
         for needs in [*(1 << i for i in range(9)), 0, 0b110000000, 0b010101010]:
             some = launch_back(name, a, "vilt", both, g_s, g_n, needs)
-            assert torch.equal(some[0], full[0])
+            # Without any of the adapter's, another kernel may compute g: equal but for the order of a row's sums.
+            same = torch.equal if needs & 127 else torch.allclose
+            assert same(some[0], full[0])
             for i, (part, whole) in enumerate(zip(some[1:], full[1:], strict=True)):
-                assert torch.equal(part, whole) if needs >> i & 1 else part.numel() == 0, (needs, PARAMETERS[i])
+                assert same(part, whole) if needs >> i & 1 else part.numel() == 0, (needs, PARAMETERS[i])
     assert all(torch.equal(p, q) for p, q in zip(launch_back(name, a, "vilt", both, g_s, g_n, 511), full, strict=True))
 
 
