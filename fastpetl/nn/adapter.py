@@ -5,6 +5,8 @@ Source: `Adapter_Layer` / `ParallelAdapter` of DoubtedSteam/DAS (NeurIPS 2023); 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -126,4 +128,59 @@ def fused_adapter(adapter, x: torch.Tensor, residuals: tuple, backend: str, acti
         scale=adapter.scale,
         residuals=residuals,
         backend=backend,
+    )
+
+
+def fused_site(adapter, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm, emit: str, backend: str, activation=None):
+    """Semantics: s = x + f + A(x), n = norm(s): (s, n), or n where emit is "norm"; in one launch where a backend has
+    one. The adapter as in `fused_adapter`; nothing is dropped here.
+    """
+    from fastpetl import ops
+
+    own, down, up = adapter.adapter_layer_norm_before, adapter.down_proj, adapter.up_proj
+    spec = _site_spec(
+        down.in_features,
+        down.out_features,
+        activation or adapter.activation,
+        adapter.scale,
+        None if own is None else (own.eps, own.bias is not None),
+        (down.bias is not None, up.bias is not None),
+        norm.eps,
+        emit,
+    )
+    norms = (None, None) if own is None else (own.weight, own.bias)
+    return ops.adapter_residual_norm(
+        x,
+        f,
+        down.weight,
+        down.bias,
+        up.weight,
+        up.bias,
+        spec=spec,
+        norm_weight=norms[0],
+        norm_bias=norms[1],
+        tail_weight=norm.weight,
+        tail_bias=norm.bias,
+        backend=backend,
+    )
+
+
+@functools.lru_cache(maxsize=64)  # a specification checks itself: once for all layers that are alike
+def _site_spec(hidden, bottleneck, activation, scale, own, biases, tail_eps, emit):
+    from fastpetl.spec import AdapterSpec
+
+    eps, own_bias = own or (1e-5, False)
+    return AdapterSpec(
+        hidden,
+        bottleneck,
+        activation,
+        scale,
+        eps,
+        norm=own is not None,
+        norm_bias=own_bias,
+        down_bias=biases[0],
+        up_bias=biases[1],
+        tail="layernorm",
+        tail_eps=tail_eps,
+        emit=emit,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers.models.bridgetower import modeling_bridgetower as hf
 
-from fastpetl.nn.adapter import INLINED_ADAPTER, fused_adapter
+from fastpetl.nn.adapter import INLINED_ADAPTER, fused_site
 from fastpetl.nn.bert import OUTPUT, FeedForward, feed_forward
 from fastpetl.nn.inline import structure
 from fastpetl.nn.meter import DASMeterCrossLayer, DASSelfOutput, MeterCrossLayer
@@ -43,12 +43,8 @@ class FusedDASSelfOutput(Fused, DASSelfOutput):
     def forward(self, hidden_states, input_tensor):
         if self._declines(DAS_OUTPUT, hidden_states):
             return super().forward(hidden_states, input_tensor)
-        from fastpetl import ops
-
         f = drop(self._linear(hidden_states, self.dense, slot="dense"), self.dropout.p, self.dropout.training)
-        x = fused_adapter(self.adapter, input_tensor, (input_tensor, f), self._op("adapter"))
-        norm, backend = self.LayerNorm, self._op("residual_norm")
-        return ops.residual_norm(x, None, norm.weight, norm.bias, eps=norm.eps, emit="norm", backend=backend)
+        return fused_site(self.adapter, input_tensor, f, self.LayerNorm, "norm", self._op("adapter"))
 
 
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
