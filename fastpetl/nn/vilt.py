@@ -17,7 +17,7 @@ from transformers.activations import GELUActivation
 from transformers.models.vilt import modeling_vilt
 
 from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR, AdaptedLinear
-from fastpetl.nn.adapter import INLINED_ADAPTER, fused_adapter
+from fastpetl.nn.adapter import INLINED_ADAPTER, fused_adapter, fused_site
 from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure
 from fastpetl.nn.lora import FusedLoRALinear, beside_others
 from fastpetl.nn.task_layers import fused_routed
@@ -104,15 +104,23 @@ class _FusedBlock:
             h = torch.cat([one(n) for one in qkv], -1)
         h = _attend(attention, h, attention_mask, for_op("attention", self._fastpetl_backend))
         h = ops.linear(h, *_side_by_side(proj.dense), backend=linear, cache=packs[1])
-        x = self._site(0, x, _drop(_adapted(proj.dense, h), proj.dropout))
-        fc1 = _side_by_side(mlp.dense)
-        h = ops.linear(x, *fc1, norm=_norm(self.layernorm_after), backend=linear, cache=packs[2])
+        f, fc1 = _drop(_adapted(proj.dense, h), proj.dropout), _side_by_side(mlp.dense)
+        if self._norm_in_site(x, linear):
+            x, h = self._normed_site(x, f, self.layernorm_after)
+            h = ops.linear(h, *fc1, backend=linear, cache=packs[2])
+        else:
+            x = self._site(0, x, f)
+            h = ops.linear(x, *fc1, norm=_norm(self.layernorm_after), backend=linear, cache=packs[2])
         gelu = exact_gelu(mlp.intermediate_act_fn)
         if not gelu:
             h = mlp.intermediate_act_fn(h)
         activation = "gelu" if gelu else None
         h = ops.linear(h, *_side_by_side(out.dense), activation=activation, backend=linear, cache=packs[3])
         return self._site(1, x, _drop(_adapted(out.dense, h), out.dropout))
+
+    def _norm_in_site(self, x, linear: str) -> bool:
+        """Is the norm behind the first site cheaper there than in the linear that reads it?"""
+        return False
 
 
 class _PlainBlock(_FusedBlock):
@@ -139,6 +147,21 @@ class FusedDASViltLayer(_FusedBlock, DASViltLayer):
 
         adapter = self.adapter1 if index else self.adapter0
         return fused_adapter(adapter, x, (x, f), for_op("adapter", self._fastpetl_backend))
+
+    def _norm_in_site(self, x, linear: str) -> bool:
+        from fastpetl import backends
+
+        backend = backends.for_op("adapter", self._fastpetl_backend)
+        device, dtype = x.device.type, x.dtype
+        if backends.if_served_constant("site", backend, device, dtype) in (None, "composed"):
+            return False
+        # torch's linear would norm in a kernel of its own
+        return backends.resolve_constant("linear", linear, device, dtype).name == "torch"
+
+    def _normed_site(self, x, f, norm):
+        from fastpetl.backends import for_op
+
+        return fused_site(self.adapter0, x, f, norm, "both", for_op("adapter", self._fastpetl_backend))
 
 
 class FusedViltPatchEmbeddings(modeling_vilt.ViltPatchEmbeddings):

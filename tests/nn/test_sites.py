@@ -1,0 +1,69 @@
+"""Where a block's adapter has a norm right behind it, both are one site; the numbers are those of the original."""
+
+import pytest
+import torch
+
+import fastpetl
+from fastpetl import ops
+from fastpetl.nn import adapter as nn_adapter
+from fastpetl.nn.vilt import FusedDASViltLayer
+from meter_tiny import inputs, tiny
+from vilt_tiny import assert_same_training, pair, relative, run
+
+
+@pytest.fixture
+def sites(monkeypatch):
+    """The specifications of all sites that were called."""
+    seen, op = [], ops.adapter_residual_norm
+    monkeypatch.setattr(ops, "adapter_residual_norm", lambda *a, **k: seen.append(k["spec"]) or op(*a, **k))
+    return seen
+
+
+def test_vilt_norms_in_the_site_where_its_linear_would_not(sites, monkeypatch):
+    patched, plain = pair()
+    assert_same_training(patched, plain)
+    on_cpu = len(sites)
+    monkeypatch.setattr(FusedDASViltLayer, "_norm_in_site", lambda *_: True)
+    assert_same_training(patched, plain)
+    layers = len(fastpetl.blocks(patched))
+    assert len(sites) >= on_cpu + layers and {spec.emit for spec in sites[on_cpu:]} == {"both"}
+    assert {spec.tail_eps for spec in sites[on_cpu:]} == {plain.vilt.encoder.layer[0].layernorm_after.eps}
+    with torch.no_grad():
+        assert relative(run(patched.eval()).logits, run(plain.eval()).logits) <= 1e-4
+
+
+def test_the_condition_asks_the_backends(monkeypatch):
+    patched, _ = pair()
+    layer, x = patched.vilt.encoder.layer[0], torch.zeros(1, 2, 8)
+    answers = {"site": "triton", "linear": "torch"}
+    monkeypatch.setattr(fastpetl.backends, "if_served_constant", lambda op, *_: answers[op])
+    choice = fastpetl.backends.Choice
+    monkeypatch.setattr(fastpetl.backends, "resolve_constant", lambda op, *_: choice(answers[op], ""))
+    assert layer._norm_in_site(x, "auto")
+    for change in ({"site": "composed"}, {"site": None}, {"linear": "cpp"}):
+        answers.update({"site": "triton", "linear": "torch"} | change)
+        assert not layer._norm_in_site(x, "auto")
+
+
+def test_a_specification_is_made_once_for_equal_layers():
+    made = [nn_adapter._site_spec(8, 2, "relu", 1.0, (1e-5, True), (True, True), 1e-12, "norm") for _ in range(2)]
+    assert made[0] is made[1] and made[0].tail == "layernorm" and made[0].parameters == 2 * 16 + 2 + 8 + 16
+    bare = nn_adapter._site_spec(8, 2, "gelu", 0.5, None, (False, False), 1e-6, "both")
+    assert not (bare.norm or bare.norm_bias or bare.down_bias or bare.up_bias)
+
+
+def test_meter_attention_output_is_a_site(sites):
+    plain = tiny()
+    patched = fastpetl.patch(tiny())
+    for model in (plain, patched):
+        model.train()
+    want, got = plain(**inputs()).logits, patched(**inputs()).logits
+    assert sites and {spec.emit for spec in sites} == {"norm"} and {spec.placement for spec in sites} == {"inside"}
+    assert relative(got, want) <= 1e-4
+    found = []
+    for model, y in ((plain, want), (patched, got)):
+        y.square().sum().backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and any("attention.output.adapter" in n for n in found[0])
+    for n in found[0]:
+        assert relative(found[1][n], found[0][n]) <= 2e-3, n
