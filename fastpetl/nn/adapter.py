@@ -138,7 +138,7 @@ def fused_site(adapter, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm, em
     from fastpetl import ops
 
     own, down, up = adapter.adapter_layer_norm_before, adapter.down_proj, adapter.up_proj
-    spec = _site_spec(
+    spec = site_spec(
         down.in_features,
         down.out_features,
         activation or adapter.activation,
@@ -165,8 +165,18 @@ def fused_site(adapter, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm, em
     )
 
 
-@functools.lru_cache(maxsize=64)  # a specification checks itself: once for all layers that are alike
-def _site_spec(hidden, bottleneck, activation, scale, own, biases, tail_eps, emit):
+def site_spec(*description):
+    """Semantics: the specification of an adapter site with a norm behind it; made, and so checked, once for all layers
+    that are alike. A constant to Dynamo.
+    """
+    return _site_spec(*description)
+
+
+site_spec._dynamo_marked_constant = True
+
+
+@functools.lru_cache(maxsize=64)
+def _site_spec(hidden, bottleneck, activation, scale, own, biases, tail_eps, emit, input="residual"):
     from fastpetl.spec import AdapterSpec
 
     eps, own_bias = own or (1e-5, False)
@@ -180,6 +190,7 @@ def _site_spec(hidden, bottleneck, activation, scale, own, biases, tail_eps, emi
         norm_bias=own_bias,
         down_bias=biases[0],
         up_bias=biases[1],
+        input=input,
         tail="layernorm",
         tail_eps=tail_eps,
         emit=emit,

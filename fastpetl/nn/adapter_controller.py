@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fastpetl.nn import compacter
-from fastpetl.nn.adapter import ACTIVATIONS
-from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure, structure_reason
+from fastpetl.nn.adapter import ACTIVATIONS, site_spec
+from fastpetl.nn.inline import HOOKS, Inlined, call_reason, note_fallback, structure, structure_reason
 from fastpetl.nn.tasks import per_sample
 
 SHARINGS = ("single", "half", "multiple")
@@ -208,3 +208,30 @@ def _weights(controller, adapter) -> tuple:
 
     cache = controller.__dict__.setdefault("_fastpetl_weights", WeightCache())
     return cache.get(id(adapter), adapter.parameters(), adapter.weights)
+
+
+def controller_site(controller, x, f, task, norm: nn.LayerNorm, backend: str) -> torch.Tensor | None:
+    """Semantics: norm(x + f + U_t(f)), the controller's forward on f and what follows it, as one op; None where the
+    controller has to be called: hooks, tasks per sample, a norm of its own behind the adapter.
+    """
+    if type(controller) is not FusedAdapterController or isinstance(task, tuple | list):
+        return None
+    state = controller.__dict__
+    if "post_layer_norm" in controller._modules or "forward" in state or any(state[hooks] for hooks in HOOKS):
+        return None
+    if call_reason(controller, _norms(controller), f) or _adapter_reason(controller, task, f):
+        return None
+    from fastpetl import ops
+
+    adapter, pre = controller.adapter(task), controller._modules.get("pre_layer_norm")
+    w_down, b_down, w_up, b_up = _weights(controller, adapter)
+    own, norms = None, {}
+    if pre is not None:
+        own, norms = (pre.eps, pre.bias is not None), {"norm_weight": pre.weight, "norm_bias": pre.bias}
+    biases = b_down is not None, b_up is not None
+    sizes = w_down.shape[1], w_down.shape[0]
+    spec = site_spec(*sizes, adapter.activation, 1.0, own, biases, norm.eps, "norm", "sublayer")
+    tail = {"tail_weight": norm.weight, "tail_bias": norm.bias}
+    return ops.adapter_residual_norm(
+        x, f, w_down, b_down, w_up, b_up, spec=spec, **norms, **tail, backend=backend
+    )  # fmt: skip

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers.models.bart import modeling_bart as hf
 
+from fastpetl.nn.adapter_controller import controller_site
 from fastpetl.nn.bart_adapters import AdapterBartDecoderLayer, AdapterBartEncoderLayer
 from fastpetl.nn.inline import structure
 from fastpetl.nn.lora import LoRALinear, beside_others
@@ -68,6 +69,10 @@ class _FusedLayer(Fused):
     def _site(self, x, f, adapter: str, task, norm):
         """Semantics: norm(x + drop(A(f))), without A where the layer has no such adapter."""
         adapter = self._modules.get(adapter)
+        if adapter is not None and not (self.training and self.dropout > 0):
+            y = controller_site(adapter, x, f, task, norm, self._op("adapter"))
+            if y is not None:
+                return y
         own = adapter is not None and not adapter._forward_hooks  # an attention's output somebody may have kept
         f = f if adapter is None else adapter(f, task)
         return self._add_norm(x, drop(f, self.dropout, self.training), norm, own)

@@ -85,13 +85,13 @@ def _adapt(spec, u, parameters, residuals, backend):
     )
 
 
-def _finish(spec, x, f, weight, bias, seed, backend):
-    """(s, n) with what the spec does not emit left out as None; f None: s is x."""
+def _finish(spec, x, f, weight, bias, seed, backend, own=False):
+    """(s, n) with what the spec does not emit left out as None; f None: s is x; own: nobody else has seen f."""
     tail = {"tail": spec.tail, "eps": spec.tail_eps, "backend": backends.for_op("residual_norm", backend)}
     if f is None:
         n = None if spec.tail is None else residual_norm(x, None, weight, bias, emit="norm", **tail)
         return x, n
-    out = residual_norm(x, f, weight, bias, emit=spec.emit, dropout=spec.dropout, seed=seed, **tail)
+    out = residual_norm(x, f, weight, bias, emit=spec.emit, dropout=spec.dropout, seed=seed, overwrite=own, **tail)
     return out if spec.emit == "both" else (out, None) if spec.emit == "sum" else (None, out)
 
 
@@ -116,7 +116,8 @@ def _kept(spec, x, f, normed, mine, weight, bias, seed, backend):
 def _composed(spec, x, f, normed, mine, weight, bias, seed, backend):
     backend = "auto" if backend == "composed" else backend
     if spec.input == "sublayer":
-        return _emit(spec, *_finish(spec, x, _adapt(spec, f, mine, (f,), backend), weight, bias, seed, backend))
+        f = _adapt(spec, f, mine, (f,), backend)
+        return _emit(spec, *_finish(spec, x, f, weight, bias, seed, backend, own=True))
     u = x if spec.input == "residual" else normed
     if spec.placement == "after":
         s, n = _finish(spec, x, f, weight, bias, seed, backend)
