@@ -318,8 +318,8 @@ def _resolve(op, backend, forced, device, dtype, head_dim) -> Choice:
         if not ok:
             raise RuntimeError(f"{op}: {source}, which cannot serve this call: {reason}")
         return Choice(backend, source)
-    if device == "cuda" and forced == "auto" and _tuned.has(op, dtype):
-        return Choice(BY_SIZE, "auto: by size, as measured on this kind of GPU (fastpetl/tuned.json)")
+    if device == "cuda" and _tuned.has(op, dtype):
+        return Choice(BY_SIZE, note + "auto: by size, as measured on this kind of GPU (fastpetl/tuned.json)")
     refused = []
     for name in _AUTO.get((op, device), ()):
         ok, reason = verify(op, name, device, dtype, head_dim)

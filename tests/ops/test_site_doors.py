@@ -127,6 +127,7 @@ def test_what_is_composed(served, what, spec, change):
     if what == "autocast":
         with torch.autocast("cpu", torch.bfloat16):
             ops.adapter_residual_norm(x, f.bfloat16(), *w, spec=spec, **named)
+            ops.adapter_residual_norm(x, f, *w, spec=spec, **named)  # all of float32: autocast casts the products
     elif what == "torch.func":
         got = torch.func.vmap(lambda x, f: ops.adapter_residual_norm(x, f, *w, spec=spec, **named)[1])(x, f)
         torch.testing.assert_close(got, ops.adapter_residual_norm_reference(x, f, *w, spec=spec, **named)[1])
@@ -146,6 +147,8 @@ def test_wrong_shapes_reach_no_launcher(served):
     (x, f, w_down, b_down, w_up, b_up), named, _ = site(VILT)
     with pytest.raises(ValueError, match="adapter: w_up has shape \\(24, 64\\)"):
         ops.adapter_residual_norm(x, f, w_down, b_down, w_up.t(), b_up, spec=VILT, **named)
+    with pytest.raises(ValueError, match="adapter: w_up has dtype bfloat16"):
+        ops.adapter_residual_norm(x, f, w_down, b_down, w_up.bfloat16(), b_up, spec=VILT, **named)
     with pytest.raises(ValueError, match="residual_norm: bias has shape \\(63,\\)"):
         wrong = {**named, "tail_bias": named["tail_bias"][:63]}
         ops.adapter_residual_norm(x, f, w_down, b_down, w_up, b_up, spec=VILT, **wrong)
