@@ -18,20 +18,27 @@ pytestmark = pytest.mark.skipif(BUILT is None, reason=WHY_NOT)
 ISA_OBJECT = re.compile(r"_(avx2|avx512|amx)\.cpp\.o$")
 
 
+CUDA_OPS = ("adapter_forward", "site_forward", "site_backward", "gather_rows", "scatter_rows", "add_rows")
+
+
 def test_cuda_ops_are_registered_if_and_only_if_built_with_cuda():
-    registered = hasattr(torch.ops.fastpetl, "cuda_adapter_forward")
-    assert registered == build_info()["cuda"]
-    if registered:
-        assert torch._C._dispatch_has_kernel_for_dispatch_key("fastpetl::cuda_adapter_forward", "CUDA")
+    registered = {hasattr(torch.ops.fastpetl, f"cuda_{op}") for op in CUDA_OPS}
+    assert registered == {build_info()["cuda"]}
+    if registered == {True}:
+        for op in CUDA_OPS:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"fastpetl::cuda_{op}", "CUDA")
         with pytest.raises(NotImplementedError, match="CPU"):  # a CPU tensor never reaches the CUDA kernel
             x = torch.zeros(1, 8)
             torch.ops.fastpetl.cuda_adapter_forward(x, x, None, x.T, *[None] * 5, True, 1e-5, 1, 1.0, False)
 
 
-def test_cuda_and_cpu_adapter_have_one_schema():
+@pytest.mark.parametrize("op", ["adapter_forward", "site_forward"])
+def test_cuda_and_cpu_have_one_schema(op):
     if not build_info()["cuda"]:
         pytest.skip("built without CUDA")
-    cpu, cuda = (str(getattr(torch.ops.fastpetl, f"{d}_adapter_forward").default._schema) for d in ("cpu", "cuda"))
+    if not hasattr(torch.ops.fastpetl, f"cpu_{op}"):
+        pytest.skip(f"built without cpu_{op}")
+    cpu, cuda = (str(getattr(torch.ops.fastpetl, f"{d}_{op}").default._schema) for d in ("cpu", "cuda"))
     assert cpu.replace("cpu_", "cuda_") == cuda
 
 

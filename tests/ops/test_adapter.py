@@ -286,3 +286,8 @@ def test_checkpoint_gives_the_same_gradients():
         y.backward(cotangent)
         for k, g in want.items():
             torch.testing.assert_close(a[k].grad, g, rtol=0, atol=0, msg=lambda m, k=k: f"{k}: {m}")
+
+
+def test_cuda_says_that_a_bottleneck_does_not_fit():
+    with using("adapter", "cuda"), pytest.raises(RuntimeError, match="CUDA error 9 .* the bottleneck is too wide"):
+        call_adapter(ops.adapter, adapter_arguments(3, 8, 4000), backend="cuda")
