@@ -1,94 +1,141 @@
 // The fp32 adapter's rows on FMA units, STRIP rows at a time: operands are read where they lie, what is between them stays
-// in the first-level cache, and the next strip's rows are fetched from memory while this one's products run.
+// in the first-level cache, and what this strip's end and the next strip need is fetched while the products run.
 #pragma once
+#include "ahead.h"
 #include "pack.h"
 
 namespace FP_ISA {
 
+// What an adapter's rows need besides themselves: vectors of parameters as floats, null where there are none
+struct AdapterVectors { const float *gamma, *beta, *b_down, *b_up, *tail_gamma, *tail_beta; };
+
+// Sums over rows, taken while a row is at hand: per `unit` rows, whatever the number of threads, then added up in order.
+// Of the trailing norm the gradients of weight and bias, `tail` floats together or 0, then dz's sums.
+struct RowSums {
+  float *parts = nullptr, *total = nullptr;
+  int64_t unit, width, tail, stride;
+  float* of(int64_t row) const { return parts + row / unit * stride; }
+  void start(int64_t row) const {
+    if (row % unit == 0) memset(of(row), 0, stride * 4);
+  }
+  float* norm(int64_t row) const { return tail ? of(row) : nullptr; }
+  float* down(int64_t row) const { return of(row) + tail; }
+  void add_up(int64_t rows) const {
+    for (int64_t r0 = 0; r0 < rows; r0 += unit)
+      for (int64_t j = 0; j < stride; j += VL) store(total + j, load(total + j) + load(of(r0) + j));
+  }
+};
+// What the backward's pass over the rows is given (packed weights) and makes (dz, h, the sums); null: not wanted
+template <class Elem> struct BackwardRows {
+  const Elem *wu, *wd;
+  const float *gamma, *tail_gamma;
+  float *dz, *h;
+  RowSums sums;
+};
+
+// g = g_s + the gradient of y through the trailing norm. e: room for the row; KEEP leaves g as stored there.
+template <class T, bool KEEP, class Elem>
+static void adapter_tail_row(const fp_adapter_backward& p, const BackwardRows<Elem>& b, int64_t i, float* e) {
+  const int64_t at = i * p.d;
+  row_norm_grad((const T*)p.g_n + at, (const T*)p.y + at, p.d, row_stats_at(p.tail_stats, i), b.tail_gamma, p.tail, e, b.sums.norm(i), b.sums.width,
+                [e, g = (T*)p.g + at, g_s = p.g_s ? (const T*)p.g_s + at : nullptr](int64_t j, int64_t left, vf v) {
+                  if (g_s) v += load(g_s + j, left);
+                  store(g + j, v, left);
+                  if (KEEP) store(e + j, rounded<T>(v), left);
+                });
+}
+// dx's row from the down product u, which is overwritten
+template <class T> static void adapter_dx_row(const fp_adapter_backward& p, const float* gamma, int64_t row, float* u) {
+  const int64_t d = p.d, at = row * d;
+  auto put = [dx = (T*)p.dx + at, g = p.add_x ? (const T*)p.grad + at : nullptr](int64_t j, int64_t left, vf v) {
+    store(dx + j, g ? v + load(g + j, left) : v, left);
+  };
+  if (p.stats) row_norm_grad(u, (const T*)p.x + at, d, row_stats_at(p.stats, row), gamma, LAYERNORM, u, nullptr, 0, put);
+  else each_vector(d, [&](int64_t j, int64_t left) { put(j, left, load(u + j)); });
+}
+
+constexpr int64_t STRIP = 16;
+
 template <class E> struct DirectAdapter {
-  static constexpr int64_t STRIP = 16;
   typedef typename E::Left Left;
 
+  // body(first row, rows, rows of the strip after it, 0 where that is another thread's)
   template <class Body> static void strips(int64_t rows, int64_t d, int64_t r, const Body& body) {
     parallel((rows + STRIP - 1) / STRIP, grain(4. * STRIP * d * (r + 16)), [&](int64_t begin, int64_t end) {
-      for (int64_t t = begin; t < end; ++t) body(t * STRIP, rows - t * STRIP < STRIP ? rows - t * STRIP : STRIP);
+      auto size = [&](int64_t t) { return t >= end ? 0 : rows - t * STRIP < STRIP ? rows - t * STRIP : STRIP; };
+      for (int64_t t = begin; t < end; ++t) body(t * STRIP, size(t), size(t + 1));
     });
   }
-  static void fetch_rows(const void* p, int64_t row, int64_t rows, int64_t d) {
-    if (p && row < rows) fetch((const float*)p + row * d, (rows - row < STRIP ? rows - row : STRIP) * d * 4);
+  static void ask(Ahead& ahead, const void* p, int64_t row, int64_t rows, int64_t d) {
+    if (p) ahead.add((const float*)p + row * d, rows * d * 4);
   }
 
-  // finish(row, u): y's row from the up product u
+  // finish(row, u): the rows of y and n from the up product u, which it may overwrite
   template <class Finish>
-  static void forward(const fp_adapter_forward& p, const float* wd, const float* wu, const float* gamma, const float* beta, const float* bd, const Finish& finish) {
+  static void forward(const fp_adapter_forward& p, const AdapterVectors& v, const float* wd, const float* wu, const Finish& finish) {
     const int64_t d = p.d, r = p.r, width = round_up(d, E::NP) + 64, ldh = round_up(r, E::NP);
-    strips(p.rows, d, r, [&](int64_t r0, int64_t m) {
+    strips(p.rows, d, r, [&](int64_t r0, int64_t m, int64_t following) {
       const float* x = (const float*)p.x + r0 * d;
       float *n = scratch<float>(4, STRIP * width), *h = scratch<float>(5, STRIP * ldh), *u = scratch<float>(6, STRIP * width);
-      if (p.norm_weight)
-        for (int64_t i = 0; i < m; ++i) {
-          float mean, rstd, *row = n + i * width;
-          load_row(x + i * d, row, d, width);
-          row_stats(row, d, p.eps, &mean, &rstd);
-          if (p.stats) p.stats[2 * (r0 + i)] = mean, p.stats[2 * (r0 + i) + 1] = rstd;
-          row_normalize(row, d, mean, rstd, gamma, beta);
-        }
-      fetch_rows(p.x, r0 + STRIP, p.rows, d);
-      fetch_rows(p.res1, r0, p.rows, d);
-      fetch_rows(p.res2, r0, p.rows, d);
-      E::product(p.norm_weight ? Left{n, width, 1} : Left{x, d, 1}, m, d, wd, r, h, ldh, E::NP);
+      for (int64_t i = 0; p.norm_weight && i < m; ++i) {
+        const RowStats s = row_stats(x + i * d, d, p.eps);
+        put_stats(p.stats, r0 + i, s);
+        row_normalize(x + i * d, n + i * width, d, s, v.gamma, v.beta);
+      }
+      Ahead ahead;
+      ask(ahead, p.res1, r0, m, d), ask(ahead, p.res2, r0, m, d), ask(ahead, p.y, r0, m, d), ask(ahead, p.n, r0, m, d);
+      ask(ahead, p.x, r0 + STRIP, following, d);
+      ahead.spread(E::steps(m, d, r) + E::steps(m, r, d));
+      E::product(p.norm_weight ? Left{n, width, 1} : Left{x, d, 1}, m, d, wd, r, h, ldh, E::NP, false, &ahead);
       for (int64_t i = 0; i < m; ++i)
         for (int64_t j = 0; j < r; j += VL) {
           float* hj = h + i * ldh + j;
-          const vf z = bd ? load(hj) + load(bd + j) : load(hj);
+          const vf z = v.b_down ? load(hj) + load(v.b_down + j) : load(hj);
           if (p.z) store((float*)p.z + (r0 + i) * r + j, z, r - j);
           store(hj, activate(p.activation, z));
         }
-      E::product({h, ldh, 1}, m, r, wu, d, u, width, E::NP);
+      E::product({h, ldh, 1}, m, r, wu, d, u, width, E::NP, false, &ahead);
       for (int64_t i = 0; i < m; ++i) finish(r0 + i, u + i * width);
     });
   }
 
-  static void backward_rows(const fp_adapter_backward& p, const float* wu, const float* wd, const float* gamma, float* dz) {
+  static void backward_rows(const fp_adapter_backward& p, const BackwardRows<float>& b) {
     const int64_t d = p.d, r = p.r, width = round_up(d, E::NP) + 64, ldh = round_up(r, E::NP);
-    strips(p.rows, d, r, [&](int64_t r0, int64_t m) {
-      const float *g = (const float*)p.grad + r0 * d, *x = (const float*)p.x + r0 * d, *z = (const float*)p.z + r0 * r;
-      float *xrow = scratch<float>(4, width), *h = scratch<float>(5, STRIP * ldh), *u = scratch<float>(6, STRIP * width);
-      fetch_rows(p.grad, r0 + STRIP, p.rows, d);
-      if (p.stats) fetch_rows(p.x, r0, p.rows, d);
-      E::product({g, d, 1}, m, d, wu, r, h, ldh, E::NP);
-      for (int64_t i = 0; i < m; ++i)
-        for (int64_t j = 0; j < r; j += VL) {
-          float* hj = h + i * ldh + j;
-          const vf v = load(hj) * splat(p.scale) * activate_grad(p.activation, load(z + i * r + j, r - j));
-          store(hj, v);
-          if (dz) store(dz + (r0 + i) * r + j, v, r - j);
-        }
+    const bool product = b.dz || p.dx;
+    strips(p.rows, d, r, [&](int64_t r0, int64_t m, int64_t following) {
+      float *h = scratch<float>(5, STRIP * ldh), *u = scratch<float>(6, STRIP * width);
+      if (b.sums.parts) b.sums.start(r0);
+      for (int64_t i = r0; p.tail && i < r0 + m; ++i) adapter_tail_row<float, false>(p, b, i, u);
+      Ahead ahead;
+      if (p.stats) ask(ahead, p.x, r0, m, d);
+      ask(ahead, p.dx, r0, m, d);
+      ask(ahead, p.grad, r0 + STRIP, following, d);  // with a tail this is g, to be written
+      ask(ahead, p.g_n, r0 + STRIP, following, d), ask(ahead, p.y, r0 + STRIP, following, d), ask(ahead, p.g_s, r0 + STRIP, following, d);
+      ahead.spread(E::steps(m, d, r) + (p.dx ? E::steps(m, r, d) : 0));
+      const float* g = (const float*)p.grad + r0 * d;
+      if (product) E::product({g, d, 1}, m, d, b.wu, r, h, ldh, E::NP, false, &ahead);
+      bottleneck(p, b, r0, m, product, h, ldh);
       if (!p.dx) return;
-      E::product({h, ldh, 1}, m, r, wd, d, u, width, E::NP);
-      for (int64_t i = 0; i < m; ++i) {
-        float *row = u + i * width, *dx = (float*)p.dx + (r0 + i) * d;
-        if (p.stats) {
-          load_row(x + i * d, xrow, d, width);
-          row_norm_grad(row, xrow, d, p.stats[2 * (r0 + i)], p.stats[2 * (r0 + i) + 1], gamma);
-        }
-        for (int64_t j = 0; j < d; j += VL) {
-          vf v = load(row + j);
-          if (p.add_x) v += load(g + i * d + j, d - j);
-          store(dx + j, v, d - j);
-        }
-      }
+      E::product({h, ldh, 1}, m, r, b.wd, d, u, width, E::NP, false, &ahead);
+      for (int64_t i = 0; i < m; ++i) adapter_dx_row<float>(p, b.gamma, r0 + i, u + i * width);
     });
   }
-
-  // h = act(z), [rows, r]
-  static float* activated(int slot, const fp_adapter_backward& p) {
-    float* h = scratch<float>(slot, p.rows * p.r + 64);
-    parallel(p.rows, grain(40. * p.r), [&](int64_t begin, int64_t end) {
-      const float* z = (const float*)p.z;
-      for (int64_t j = begin * p.r; j < end * p.r; j += VL) store(h + j, activate(p.activation, load(z + j, end * p.r - j)), end * p.r - j);
-    });
-    return h;
+  // dz from the gradient h of the activation, in its place, and the activation itself
+  static void bottleneck(const fp_adapter_backward& p, const BackwardRows<float>& b, int64_t r0, int64_t m, bool product, float* h, int64_t ldh) {
+    const int64_t r = p.r;
+    for (int64_t i = 0; i < m; ++i)
+      for (int64_t j = 0; j < r; j += VL) {
+        const int64_t at = (r0 + i) * r + j;
+        const vf z = load((const float*)p.z + at, r - j);
+        if (b.h) store(b.h + at, activate(p.activation, z), r - j);
+        if (!product) continue;
+        const vf v = load(h + i * ldh + j) * splat(p.scale) * activate_grad(p.activation, z);
+        store(h + i * ldh + j, v);
+        if (!b.dz) continue;
+        store(b.dz + at, v, r - j);
+        float* sum = b.sums.down(r0) + j;
+        store(sum, load(sum) + v);
+      }
   }
 };
 

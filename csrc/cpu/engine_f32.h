@@ -2,6 +2,7 @@
 // An engine packs A (by rows, or transposed) and B, and multiplies one NP-wide column panel of B at a time:
 //   C[m, NP] (+)= A[m, k] B[k, NP].   All engines have the same members; kernels are templates over them.
 #pragma once
+#include "ahead.h"
 #include "transpose.h"
 
 namespace FP_ISA {
@@ -78,10 +79,12 @@ struct EngineF32 {
     if (kp == 0 && !accumulate) memset(c, 0, round_up(m, MR) * NP * 4);
   }
   // R rows, NVT vectors of columns: C (+)= A B with A[r, k] = a[r * row + k * col], B and C with leading dimensions
-  template <int R, int NVT>
-  static void tile(const float* __restrict a, int64_t row, int64_t col, const float* __restrict b, int64_t ldb, int64_t depth, float* __restrict c, int64_t ldc, bool accumulate) {
+  template <int R, int NVT, bool AHEAD = false>
+  static void tile(const float* __restrict a, int64_t row, int64_t col, const float* __restrict b, int64_t ldb, int64_t depth, float* __restrict c, int64_t ldc, bool accumulate,
+                   const char* ahead = nullptr, int64_t step = 0) {
     vf acc[R][NVT] = {};
     for (int64_t kk = 0; kk < depth; ++kk, b += ldb, a += col) {
+      if (AHEAD) __builtin_prefetch(ahead, 0, 2), ahead += step;
       vf bv[NVT];
 #pragma GCC unroll 4
       for (int v = 0; v < NVT; ++v) bv[v] = load(b + v * VL);
@@ -105,21 +108,28 @@ struct EngineF32 {
   static constexpr bool DIRECT = VL == 16;
   struct Left { const float* p; int64_t row, col; };
   // C[m, NVT vectors] (+)= A[m, k] B[k, ...]
-  template <int R, int NVT> static void strip(Left a, int64_t m, const float* b, int64_t ldb, int64_t k, float* c, int64_t ldc, bool accumulate) {
+  template <int R, int NVT>
+  static void strip(Left a, int64_t m, const float* b, int64_t ldb, int64_t k, float* c, int64_t ldc, bool accumulate, Ahead* ahead = nullptr) {
     for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += SLICE) {
       const int64_t depth = k - k0 < SLICE ? k - k0 : SLICE;
       const float* p = a.p + k0 * a.col;
       const bool add = accumulate || k0 > 0;
       int64_t i = 0;
+      for (; ahead && ahead->more() && i + R <= m; i += R) {
+        const Ahead::Part part = ahead->take(depth);
+        tile<R, NVT, true>(p + i * a.row, a.row, a.col, b + k0 * ldb, ldb, depth, c + i * ldc, ldc, add, part.p, part.step);
+      }
       for (; i + R <= m; i += R) tile<R, NVT>(p + i * a.row, a.row, a.col, b + k0 * ldb, ldb, depth, c + i * ldc, ldc, add);
       for (; i + 4 <= m; i += 4) tile<4, NVT>(p + i * a.row, a.row, a.col, b + k0 * ldb, ldb, depth, c + i * ldc, ldc, add);
       for (; i < m; ++i) tile<1, NVT>(p + i * a.row, a.row, a.col, b + k0 * ldb, ldb, depth, c + i * ldc, ldc, add);
     }
   }
   // C[m, n] (+)= A[m, k] B with B packed in panels. C's panels lie `panel` floats apart, rows ldc: row-major is (ld, NP).
-  static void product(Left a, int64_t m, int64_t k, const Elem* b, int64_t n, float* c, int64_t ldc, int64_t panel, bool accumulate = false) {
-    for (int64_t j = 0; j * NP < n; ++j) strip<MR, NV>(a, m, b + j * NP * pad_k(k), NP, k, c + j * panel, ldc, accumulate);
+  static void product(Left a, int64_t m, int64_t k, const Elem* b, int64_t n, float* c, int64_t ldc, int64_t panel, bool accumulate = false,
+                      Ahead* ahead = nullptr) {
+    for (int64_t j = 0; j * NP < n; ++j) strip<MR, NV>(a, m, b + j * NP * pad_k(k), NP, k, c + j * panel, ldc, accumulate, ahead);
   }
+  static int64_t steps(int64_t m, int64_t k, int64_t n) { return m / MR * k * ((n + NP - 1) / NP); }  // of one product
 };
 
 }  // namespace FP_ISA

@@ -7,22 +7,27 @@ enum fp_dtype { FP_F32 = 0, FP_BF16 = 1, FP_F16 = 2 };
 enum fp_activation { FP_IDENTITY = 0, FP_RELU = 1, FP_GELU = 2, FP_GELU_TANH = 3, FP_SILU = 4 };
 enum fp_prologue { FP_NONE = 0, FP_LAYERNORM = 1, FP_PROLOGUE_GELU = 2 };
 
-// y = scale * (act(n(x) Wd^T + bd) Wu^T + bu) + [x] + res1 + res2;  null pointers leave a term out.
+// y = scale * (act(own(x) Wd^T + bd) Wu^T + bu) + [x] + res1 + res2;  null pointers leave a term out.
+// A site has a tail, n = norm(y), of y as rounded to the element type.
 struct fp_adapter_forward {
-  const void *x, *w_down, *b_down, *w_up, *b_up, *norm_weight, *norm_bias, *res1, *res2;
-  void *y, *z;    // z: pre-activation [rows, r] or null
-  float* stats;   // (mean, rstd) per row or null
+  const void *x, *w_down, *b_down, *w_up, *b_up, *norm_weight, *norm_bias, *res1, *res2, *tail_weight, *tail_bias;
+  void *y, *z, *n;            // y: with a tail null for not wanted; z: pre-activation [rows, r] or null; n: with a tail
+  float *stats, *tail_stats;  // (mean, rstd) per row of x and of y, or null
   int64_t rows;
-  int d, r, activation, add_x;
-  float eps, scale;
+  int d, r, activation, add_x, tail;  // tail: 0 none, 1 LayerNorm, 2 RMSNorm
+  float eps, scale, tail_eps;
 };
 struct fp_adapter_backward {
   const void *grad, *x, *z, *w_down, *w_up, *norm_weight, *norm_bias;
   const float* stats;
   void *dx, *dw_down, *db_down, *dw_up, *db_up, *dnorm_weight, *dnorm_bias;  // null: not wanted
   int64_t rows;
-  int d, r, activation, add_x;
+  int d, r, activation, add_x, tail;
   float scale;
+  // With a tail, instead of grad: g = g_s (may be null) + the gradient of y through the norm, written and then used.
+  const void *g_s, *g_n, *y, *tail_weight;
+  const float* tail_stats;
+  void *g, *dtail_weight, *dtail_bias;  // the latter two null: not wanted
 };
 // y = p(x) [W_0; W_1; ...]^T + [b_0, b_1, ...] with the frozen weights W_i [n[i], k] side by side.
 struct fp_linear {

@@ -1,5 +1,5 @@
 // One instruction set's table. Included by isa_*.cpp after FP_ISA, FP_TABLE and FP_ENGINE(T) are defined.
-#include "adapter_impl.h"
+#include "adapter_backward_impl.h"
 #include "attention_impl.h"
 #include "linear_impl.h"
 #include "residual_norm_impl.h"
@@ -22,8 +22,8 @@ namespace FP_ISA {
     __VA_ARGS__;                                                  \
   }
 
-static void adapter_forward(const fp_adapter_forward& a, int dtype) { FP_BY_TYPE(Adapter<T, E>::forward(a)) }
-static void adapter_backward(const fp_adapter_backward& a, int dtype) { FP_BY_TYPE(Adapter<T, E>::backward(a)) }
+static void adapter_forward(const fp_adapter_forward& a, int dtype) { FP_BY_TYPE(AdapterForward<T, E>::run(a)) }
+static void adapter_backward(const fp_adapter_backward& a, int dtype) { FP_BY_TYPE(AdapterBackward<T, E>::run(a)) }
 static void linear_forward(const fp_linear& a, int dtype) { FP_BY_TYPE(Linear<T, E>::forward(a)) }
 static void linear_backward(const fp_linear& a, int dtype) { FP_BY_TYPE(Linear<T, E>::backward(a)) }
 static size_t pack_bytes(int k, int n, int dtype, int transposed) { FP_BY_TYPE(return Linear<T, E>::pack_bytes(k, n, transposed)) }

@@ -94,8 +94,8 @@ template <class T, class E> struct Linear {
         for (int64_t i = 0; i < m; ++i) {
           if (a.prologue == FP_LAYERNORM) {
             load_row(x + i * a.k, row, a.k, width);
-            if (k0 == 0) row_stats(row, a.k, a.eps, stats + 2 * i, stats + 2 * i + 1);
-            row_normalize(row, a.k, stats[2 * i], stats[2 * i + 1], gamma, beta);
+            if (k0 == 0) put_stats(stats, i, row_stats(row, a.k, a.eps));
+            row_normalize(row, row, a.k, row_stats_at(stats, i), gamma, beta);
             E::put_a_row(ap, kn, i, row + k0);
           } else {
             load_row(x + i * a.k + k0, row, kn, E::pad_k(kn));
@@ -128,7 +128,7 @@ template <class T, class E> struct Linear {
     row_blocks(a.rows, n, a.k, [&](int64_t r0, int64_t m) {
       const T *g = (const T*)a.grad + r0 * n, *x = (const T*)a.x + r0 * a.k;
       T* dx = (T*)a.out + r0 * a.k;
-      float *row = scratch<float>(7, width), *xrow = scratch<float>(9, width), *c = nullptr;
+      float *row = scratch<float>(7, width), *c = nullptr;
       auto fill = [&](int64_t k0, int64_t kn, Elem* ap) {
         for (int64_t i = 0; i < m; ++i) {
           load_row(g + i * n + k0, row, kn, E::pad_k(kn));
@@ -153,9 +153,8 @@ template <class T, class E> struct Linear {
       if (norm) {
         for (int64_t i = 0; i < m; ++i) {
           gather_row<E>(c, m, i, row, a.k);
-          load_row(x + i * a.k, xrow, a.k, width);
-          row_norm_grad(row, xrow, a.k, a.stats[2 * (r0 + i)], a.stats[2 * (r0 + i) + 1], gamma);
-          store_row(dx + i * a.k, row, a.k);
+          row_norm_grad(row, x + i * a.k, a.k, row_stats_at(a.stats, r0 + i), gamma, LAYERNORM, row, nullptr, 0,
+                        [out = dx + i * a.k](int64_t j, int64_t left, vf v) { store(out + j, v, left); });
         }
       }
     });

@@ -1,6 +1,6 @@
 // What all kernels share: parameters as floats, operands packed for an engine, rows of a panelled product.
 #pragma once
-#include "vec.h"
+#include "norm_rows.h"
 
 namespace FP_ISA {
 

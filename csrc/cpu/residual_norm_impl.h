@@ -30,22 +30,7 @@ struct Dropout {
 };
 
 template <class T> struct ResidualNorm {
-  enum { NONE, LAYERNORM, RMSNORM };
   static bool skipped(const fp_residual_norm& p, int64_t row) { return p.mask && p.mask[row / p.sample]; }
-  static void round_row(float* row, int64_t d) {  // to T and back: the norm sees what a reader of s would
-    if (sizeof(T) == sizeof(float)) return;
-    for (int64_t j = 0; j < d; j += VL) {
-      T t[VL];
-      store(t, load(row + j));
-      store(row + j, load(t), d - j);
-    }
-  }
-  static float rms(const float* row, int64_t d, float eps) {
-    vf s = {};
-    for (int64_t j = 0; j < d; j += VL) s = fma(load(row + j), load(row + j), s);
-    return 1.f / sqrtf(sum(s) / d + eps);
-  }
-
   static void forward(const fp_residual_norm& p) {
     const int64_t d = p.d, width = round_up(d, 64) + 64;
     const float *gamma = load_vector<T>(2, p.weight, d), *beta = load_vector<T>(3, p.bias, d);
@@ -62,23 +47,17 @@ template <class T> struct ResidualNorm {
             if (p.dropout > 0) {
               float t[VL];
               store(t, v * load(factor + j));
-              T r[VL];
-              store(r, load(t));  // rounds where torch's dropout does
-              v = fill_behind(load(r), d - j, 0.f);
+              v = fill_behind(rounded<T>(load(t)), d - j, 0.f);  // where torch's dropout rounds
             }
             store(row + j, load(row + j) + v);
           }
         }
-        round_row(row, d);
+        for (int64_t j = 0; j < d; j += VL) store(row + j, rounded<T>(load(row + j)));
         if (p.s) store_row((T*)p.s + i * d, row, d);
-        if (p.tail == NONE) continue;
-        float mean = 0, rstd;
-        if (p.tail == LAYERNORM) row_stats(row, d, p.eps, &mean, &rstd);
-        else rstd = rms(row, d, p.eps);
-        if (p.stats) p.stats[2 * i] = mean, p.stats[2 * i + 1] = rstd;
-        if (!p.n) continue;
-        row_normalize(row, d, mean, rstd, gamma, beta);
-        store_row((T*)p.n + i * d, row, d);
+        if (p.tail == NO_NORM) continue;
+        const RowStats stats = row_stats(row, d, p.eps, p.tail);
+        put_stats(p.stats, i, stats);
+        if (p.n) row_normalize(row, (T*)p.n + i * d, d, stats, gamma, beta);
       }
     });
   }
@@ -106,19 +85,12 @@ template <class T> struct ResidualNorm {
   }
   static void backward_row(const fp_residual_norm& p, int64_t i, const Dropout& drop, const float* gamma, float* sums, int64_t width) {
     const int64_t d = p.d;
-    float *g = scratch<float>(4, width), *row = scratch<float>(5, width);
-    if (p.g_n) {
-      load_row((const T*)p.g_n + i * d, g, d, width);
-      load_row((const T*)p.s_in + i * d, row, d, width);
-      const float mean = p.stats[2 * i], rstd = p.stats[2 * i + 1];
-      if (sums) add_sums(g, row, d, mean, rstd, sums, sums + width);
-      if (!p.dx && !p.df) return;
-      if (p.tail == LAYERNORM) row_norm_grad(g, row, d, mean, rstd, gamma);
-      else rms_grad(g, row, d, rstd, gamma);
-      if (p.g_s) for (int64_t j = 0; j < d; j += VL) store(g + j, load(g + j) + load((const T*)p.g_s + i * d + j, d - j));
-    } else {
-      load_row((const T*)p.g_s + i * d, g, d, width);
-    }
+    float* g = scratch<float>(4, width);
+    const T* g_s = p.g_s ? (const T*)p.g_s + i * d : nullptr;
+    if (p.g_n)
+      row_norm_grad((const T*)p.g_n + i * d, (const T*)p.s_in + i * d, d, row_stats_at(p.stats, i), gamma, p.tail, g, sums, width,
+                    [=](int64_t j, int64_t left, vf v) { store(g + j, g_s ? v + load(g_s + j, left) : v); });
+    else load_row(g_s, g, d, width);
     if (p.dx) store_row((T*)p.dx + i * d, g, d);
     if (!p.df) return;
     if (skipped(p, i)) memset(g, 0, d * 4);
@@ -128,23 +100,6 @@ template <class T> struct ResidualNorm {
       for (int64_t j = 0; j < d; j += VL) store(g + j, load(g + j) * load(factor + j));
     }
     store_row((T*)p.df + i * d, g, d);
-  }
-  // weight += g xhat, bias += g; what lies behind d is never read
-  static void add_sums(const float* g, const float* row, int64_t d, float mean, float rstd, float* weight, float* bias) {
-    for (int64_t j = 0; j < d; j += VL) {
-      store(weight + j, fma(load(g + j), (load(row + j) - splat(mean)) * splat(rstd), load(weight + j)));
-      store(bias + j, load(bias + j) + load(g + j));
-    }
-  }
-  static void rms_grad(float* g, const float* x, int64_t d, float rstd, const float* gamma) {
-    vf s = {};
-    for (int64_t j = 0; j < d; j += VL) {
-      const vf e = load(g + j) * load(gamma + j);
-      s = fma(e, load(x + j) * splat(rstd), s);
-      store(g + j, e);
-    }
-    const vf mean = splat(sum(s) / d);
-    for (int64_t j = 0; j < d; j += VL) store(g + j, (load(g + j) - load(x + j) * splat(rstd) * mean) * splat(rstd), d - j);
   }
 };
 

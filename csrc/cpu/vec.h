@@ -289,55 +289,12 @@ template <class T> FP_INLINE void store_row(T* dst, const float* src, int n) {
   for (int j = 0; j < n; j += VL) store(dst + j, load(src + j), n - j);
 }
 
-// Row statistics in two passes (as torch: no cancellation). row is zero-padded to a multiple of VL.
-FP_INLINE void row_stats(const float* row, int n, float eps, float* mean, float* rstd) {
-  vf s0 = {}, s1 = {};
-  int j = 0;
-  for (; j + 2 * VL <= n; j += 2 * VL) s0 += load(row + j), s1 += load(row + j + VL);
-  for (; j < n; j += VL) s0 += load(row + j);
-  float mu = sum(s0 + s1) / n;
-  s0 = s1 = vf{};
-  for (j = 0; j + VL <= n; j += VL) {
-    vf a = load(row + j) - splat(mu);
-    s0 = fma(a, a, s0);
-  }
-  float tail = 0;
-  for (; j < n; ++j) tail += (row[j] - mu) * (row[j] - mu);
-  *mean = mu;
-  *rstd = 1.f / sqrtf((sum(s0) + tail) / n + eps);
-}
-// row <- (row - mean) * rstd * gamma + beta; gamma, beta zero-padded, either may be null
-FP_INLINE void row_normalize(float* row, int n, float mean, float rstd, const float* gamma, const float* beta) {
-  for (int j = 0; j < n; j += VL) {
-    vf v = (load(row + j) - splat(mean)) * splat(rstd);
-    if (gamma) v *= load(gamma + j);
-    if (beta) v += load(beta + j);
-    store(row + j, v, n - j);
-  }
-}
-// LayerNorm's input gradient for one row: dy <- rstd (dy*gamma - mean(dy*gamma) - xhat mean(dy*gamma*xhat)); x raw
-FP_INLINE void row_norm_grad(float* dy, const float* x, int n, float mean, float rstd, const float* gamma) {
-  vf s1 = {}, s2 = {};
-  for (int j = 0; j < n; j += VL) {  // dy is zero behind n, so whatever xhat is there does not count
-    vf d = load(dy + j);
-    if (gamma) d *= load(gamma + j);
-    s1 += d;
-    s2 = fma(d, (load(x + j) - splat(mean)) * splat(rstd), s2);
-    store(dy + j, d);
-  }
-  vf m1 = splat(sum(s1) / n), m2 = splat(sum(s2) / n);
-  for (int j = 0; j < n; j += VL) {
-    vf xhat = (load(x + j) - splat(mean)) * splat(rstd);
-    store(dy + j, (load(dy + j) - m1 - xhat * m2) * splat(rstd), n - j);
-  }
-}
-
 FP_INLINE int64_t round_up(int64_t n, int64_t m) { return (n + m - 1) / m * m; }
 
 // Scratch of the calling thread, kept between calls; slots are independent, contents undefined.
 static void* scratch(int slot, size_t bytes) {
   struct Buf { void* p = nullptr; size_t n = 0; ~Buf() { free(p); } };
-  static thread_local Buf bufs[16];
+  static thread_local Buf bufs[32];
   Buf& b = bufs[slot];
 #if defined(__SANITIZE_ADDRESS__)  // exact and new each time: reading behind it, or what an earlier call left, shows
   free(b.p);
