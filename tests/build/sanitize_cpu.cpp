@@ -141,6 +141,33 @@ void adapter(int dtype, int64_t rows, int d, int r, int variant) {
   m.check();
 }
 
+// variant: bit 0 the adapter's own norm, bit 1 biases and a second gradient, bits 2.. which gradients are wanted
+void site(int dtype, int64_t rows, int d, int r, int tail, int variant) {
+  Memory m(name("site", dtype, {rows, d, r, tail, variant}), dtype);
+  const bool norm = variant & 1, bias = variant & 2, bare = variant & 4, sums = variant & 8;
+  fp_adapter_forward f{};
+  f.x = m.in(rows * d), f.w_down = m.in(int64_t(r) * d, .1f), f.w_up = m.in(int64_t(d) * r, .1f);
+  f.b_down = m.in(r, 1, bias), f.b_up = m.in(d, 1, bias);
+  f.norm_weight = m.in(d, 1, norm), f.norm_bias = m.in(d, 1, norm && bias);
+  f.res1 = m.in(rows * d, 1, bias), f.res2 = m.in(rows * d, 1, norm);
+  f.tail_weight = m.in(d), f.tail_bias = m.in(d, 1, bias);
+  f.y = m.out(rows * d), f.n = m.out(rows * d), f.z = m.out(rows * r);
+  f.stats = m.out_float(2 * rows, norm), f.tail_stats = m.out_float(2 * rows);
+  f.rows = rows, f.d = d, f.r = r, f.activation = variant % 5, f.add_x = bias, f.tail = tail, f.eps = f.tail_eps = 1e-5f, f.scale = .5f;
+  fp_active()->adapter_forward(f, dtype);
+  fp_adapter_backward b{};
+  b.g_s = m.in(rows * d, 1, bias), b.g_n = m.in(rows * d), b.y = f.y, b.tail_stats = f.tail_stats, b.tail_weight = f.tail_weight;
+  b.x = f.x, b.z = f.z, b.w_down = f.w_down, b.w_up = f.w_up, b.stats = f.stats, b.norm_weight = f.norm_weight, b.norm_bias = f.norm_bias;
+  b.g = m.out(rows * d), b.dtail_weight = m.out(d, !sums), b.dtail_bias = m.out(d, !sums && bias);
+  if (!bare) {
+    b.dx = m.out(rows * d), b.dw_down = m.out(int64_t(r) * d), b.db_down = m.out(r, bias);
+    b.dw_up = m.out(int64_t(d) * r), b.db_up = m.out(d, bias), b.dnorm_weight = m.out(d, norm), b.dnorm_bias = m.out(d, norm && bias);
+  }
+  b.rows = rows, b.d = d, b.r = r, b.activation = f.activation, b.add_x = f.add_x, b.tail = tail, b.scale = f.scale;
+  fp_active()->adapter_backward(b, dtype);
+  m.check();
+}
+
 void linear(int dtype, int64_t rows, int k, std::vector<int> n, int prologue, bool packed) {
   Memory m(name("linear", dtype, {rows, k, n[0], prologue, packed}), dtype);
   int64_t total = 0;
@@ -224,6 +251,7 @@ std::vector<Case> cases() {
       for (int r : {8, 100, 3}) {
         ++variant;
         all.push_back([=](int t) { adapter(t, rows, d, r, variant % 5); });
+        all.push_back([=](int t) { site(t, rows, d, r, 1 + variant % 2, variant % 16); });
         all.push_back([=](int t) { linear(t, rows, d, {r, 5, 2 * r}, variant % 3, variant % 2); });
       }
       if (rows == 0) continue;  // the binding lets no empty residual_norm pass
@@ -232,6 +260,8 @@ std::vector<Case> cases() {
   for (int64_t tokens : {1, 7, 40, 97, 199})
     for (int dim : {8, 64, 35}) all.push_back([=](int t) { attention(t, 2, tokens, 3, dim, tokens % 2); });
   all.push_back([](int t) { adapter(t, 33, 80, 48, 3); });                           // where a panel is no multiple of 32
+  all.push_back([](int t) { site(t, 33, 80, 48, 1, 3); });
+  all.push_back([](int t) { site(t, 1700, 760, 8, 2, 3); });                         // several slices
   all.push_back([](int t) { linear(t, 33, 3072, {20}, FP_PROLOGUE_GELU, false); });  // deeper than one block
   all.push_back([](int t) { linear(t, 700, 20, {7000}, FP_NONE, true); });           // large enough to stream
   all.push_back([](int t) { phm(t, {{4, 19, 25}, {4, 192, 12}}, true); });
@@ -242,6 +272,7 @@ std::vector<Case> cases() {
 std::vector<Case> planted() {
   return {
       [](int t) { adapter(t, 5, 7, 3, 7); },
+      [](int t) { site(t, 5, 7, 3, 1, 3); },
       [](int t) { linear(t, 5, 7, {3, 5}, FP_LAYERNORM, false); },
       [](int t) { linear(t, 5, 7, {3}, FP_PROLOGUE_GELU, true); },
       [](int t) { attention(t, 1, 5, 2, 7, true); },
