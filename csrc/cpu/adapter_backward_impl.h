@@ -15,7 +15,7 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
     const bool norm = p.dtail_weight || p.dtail_bias, weights = dz || up;
     const int64_t step = slice_rows(p, weights);
     const BackwardRows<Elem> b = prepare(p, dz, norm, step);
-    AdapterWeights<T, E> w(p, b.sums.total + b.sums.tail);
+    AdapterWeights<T, E> w(p, b.sums.total + b.sums.tail, b.gamma);
     for (int64_t r0 = 0; r0 == 0 || r0 < p.rows; r0 += step) {
       const fp_adapter_backward q = slice(p, r0, p.rows - r0 < step ? p.rows - r0 : step);
       if constexpr (PLAIN) {

@@ -20,8 +20,8 @@ template <class T, class E> struct AdapterWeights : AdapterBase<T, E> {
   const int64_t tasks;
   float *products, *up_sums;
 
-  AdapterWeights(const fp_adapter_backward& a, const float* sums)
-      : p(a), down(a.dw_down || a.dnorm_weight), up(a.dw_up), dc(sums), gamma(load_vector<T>(Slot::GAMMA, a.norm_weight, a.d)),
+  AdapterWeights(const fp_adapter_backward& a, const float* sums, const float* norm_weight)
+      : p(a), down(a.dw_down || a.dnorm_weight), up(a.dw_up), dc(sums), gamma(norm_weight),
         beta(load_vector<T>(Slot::BETA, a.norm_bias, a.d)), tasks((a.d + GROUP - 1) / GROUP * 2),
         products(down || up ? scratch<float>(Slot::PRODUCTS, tasks * product_size<E>(a.r, GROUP)) : nullptr),
         up_sums(scratch<float>(Slot::UP_SUMS, tasks / 2 * GROUP)) {}
