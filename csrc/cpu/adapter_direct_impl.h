@@ -7,7 +7,7 @@
 namespace FP_ISA {
 
 // What an adapter's rows need besides themselves: vectors of parameters as floats, null where there are none
-struct AdapterVectors { const float *gamma, *beta, *b_down, *b_up, *tail_gamma, *tail_beta; };
+struct AdapterVectors { const float *gamma, *beta, *b_down, *b_up, *tail_gamma, *tail_beta; };  // b_up times scale, never null
 
 // Sums over rows, taken while a row is at hand: per `unit` rows, whatever the number of threads, then added up in order.
 // Of the trailing norm the gradients of weight and bias, `tail` floats together or 0, then dz's sums.

@@ -52,12 +52,19 @@ template <class T, class E> struct AdapterForward : AdapterBase<T, E> {
     const int64_t d = p.d, r = p.r;
     const Elem *wd = AdapterForward::pack_weight_columns(Slot::W_DOWN, p.w_down, r, d), *wu = AdapterForward::pack_weight_columns(Slot::W_UP, p.w_up, d, r);
     const AdapterVectors v = {load_vector<T>(Slot::GAMMA, p.norm_weight, d), load_vector<T>(Slot::BETA, p.norm_bias, d),
-                              load_vector<T>(Slot::B_DOWN, p.b_down, r), load_vector<T>(Slot::B_UP, p.b_up, d),
+                              load_vector<T>(Slot::B_DOWN, p.b_down, r), scaled(p),
                               load_vector<T>(Slot::TAIL_GAMMA, p.tail_weight, d), load_vector<T>(Slot::TAIL_BETA, p.tail_bias, d)};
     if constexpr (AdapterForward::PLAIN)
       DirectAdapter<E>::forward(p, v, wd, wu, [&](int64_t row, float* u) { finish_row(p, v, row, u, E::NP, u); });
     else
       AdapterForward::row_blocks(p.rows, d, r, [&](int64_t r0, int64_t m) { block(p, v, wd, wu, r0, m); });
+  }
+
+  // scale b_up, zeros where there is none
+  static const float* scaled(const fp_adapter_forward& p) {
+    float* b = p.b_up ? load_vector<T>(Slot::B_UP, p.b_up, p.d) : scratch<float>(Slot::B_UP, round_up(p.d, 64) + 64);
+    for (int64_t j = 0; j < round_up(p.d, 64); j += VL) store(b + j, p.b_up ? load(b + j) * splat(p.scale) : vf{});
+    return b;
   }
 
   static void block(const fp_adapter_forward& p, const AdapterVectors& v, const Elem* wd, const Elem* wu, int64_t r0, int64_t m) {
@@ -89,31 +96,46 @@ template <class T, class E> struct AdapterForward : AdapterBase<T, E> {
     for (int64_t i = 0; i < m; ++i) finish_row(p, v, r0 + i, c + i * E::NP, panel_size<E>(m), row);
   }
 
-  // y's row from the up product c, then n's while it is at hand. `sum` has room for the row, and may be c where that is
+  // y's row from the up product c, then n's while it is at hand. `room` is for the row, and may be c where that is
   // contiguous.
-  static void finish_row(const fp_adapter_forward& p, const AdapterVectors& vectors, int64_t row, const float* c, int64_t panel, float* sum) {
+  static void finish_row(const fp_adapter_forward& p, const AdapterVectors& v, int64_t row, const float* c, int64_t panel, float* room) {
     const int64_t d = p.d, at = row * d;
-    const T *x = p.add_x ? (const T*)p.x + at : nullptr, *res1 = p.res1 ? (const T*)p.res1 + at : nullptr, *res2 = p.res2 ? (const T*)p.res2 + at : nullptr;
+    const void* terms[3];
+    int count = 0;
+    const void* given[3] = {p.add_x ? p.x : nullptr, p.res1, p.res2};
+    for (const void* t : given)
+      if (t) terms[count++] = (const T*)t + at;
     T* y = p.y ? (T*)p.y + at : nullptr;
-    const float* b_up = vectors.b_up;
-    const vf scale = splat(p.scale);
-    const bool keep = p.tail != NO_NORM;
-    for (int64_t j0 = 0; j0 < d; j0 += E::NP, c += panel)
-      each_vector(d - j0 < E::NP ? d - j0 : E::NP, [=](int64_t q, int64_t left) {
-        const int64_t j = j0 + q;
-        vf u = load(c + q);
-        if (b_up) u += load(b_up + j);
-        u *= scale;
-        if (x) u += load(x + j, left);
-        if (res1) u += load(res1 + j, left);
-        if (res2) u += load(res2 + j, left);
-        if (keep) store(sum + j, rounded<T>(u));
-        if (y) store(y + j, u, left);
-      });
-    if (!keep) return;
+    float* sum = p.tail == NO_NORM ? nullptr : room;
+    switch (count) {
+      case 0: add_up<0>(p, v.b_up, terms, c, panel, sum, y); break;
+      case 1: add_up<1>(p, v.b_up, terms, c, panel, sum, y); break;
+      case 2: add_up<2>(p, v.b_up, terms, c, panel, sum, y); break;
+      default: add_up<3>(p, v.b_up, terms, c, panel, sum, y);
+    }
+    if (!sum) return;
     const RowStats s = row_stats(sum, d, p.tail_eps, p.tail);
     put_stats(p.tail_stats, row, s);
-    row_normalize(sum, (T*)p.n + at, d, s, vectors.tail_gamma, vectors.tail_beta);
+    row_normalize(sum, (T*)p.n + at, d, s, v.tail_gamma, v.tail_beta);
+  }
+  // scale c + bias + the terms, as stored, into sum and y, either of which may be null
+  template <int COUNT>
+  static void add_up(const fp_adapter_forward& p, const float* bias, const void* const* terms, const float* c, int64_t panel, float* sum, T* y) {
+    const T *t0 = COUNT > 0 ? (const T*)terms[0] : nullptr, *t1 = COUNT > 1 ? (const T*)terms[1] : nullptr, *t2 = COUNT > 2 ? (const T*)terms[2] : nullptr;
+    const vf scale = splat(p.scale);
+    const int64_t d = p.d;
+    auto put = [=](const float* u, int64_t j, int64_t left) {
+      vf v = fma(load(u), scale, load(bias + j));
+      if (COUNT > 0) v += load(t0 + j, left);
+      if (COUNT > 1) v += load(t1 + j, left);
+      if (COUNT > 2) v += load(t2 + j, left);
+      if (sum) store(sum + j, rounded<T>(v));
+      if (y) store(y + j, v, left);
+    };
+    if constexpr (AdapterForward::PLAIN) each_vector(d, [=](int64_t j, int64_t left) { put(c + j, j, left); });
+    else
+      for (int64_t j0 = 0; j0 < d; j0 += E::NP, c += panel)
+        each_vector(d - j0 < E::NP ? d - j0 : E::NP, [=](int64_t q, int64_t left) { put(c + q, j0 + q, left); });
   }
 };
 
