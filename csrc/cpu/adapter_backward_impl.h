@@ -59,6 +59,10 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
     };
     q.rows = rows;
     q.grad = p.tail ? p.g : p.grad;
+    if (p.order) {
+      q.order += row;
+      return q;
+    }
     move(q.grad, p.d), move(q.x, p.d), move(q.g_s, p.d), move(q.g_n, p.d), move(q.y, p.d), move(q.dx, p.d), move(q.g, p.d);
     move(q.z, p.r);
     if (q.stats) q.stats += 2 * row;
@@ -68,7 +72,6 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
 
   static void block(const fp_adapter_backward& p, const BackwardRows<Elem>& b, int64_t r0, int64_t m) {
     const int64_t d = p.d, r = p.r, width = round_up(d > r ? d : r, 64) + 64;
-    const T* z = (const T*)p.z + r0 * r;
     float* row = scratch<float>(4, width);
     Elem *a = scratch<Elem>(5, E::a_size(m, d)), *da = scratch<Elem>(6, E::a_size(m, r));
     float* c = scratch<float>(7, product_size<E>(m, d > r ? d : r));
@@ -77,7 +80,7 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
       if (b.sums.parts) b.sums.start(r0 + i);
       for (int64_t j = round_up(d, VL); j < width; j += VL) store(row + j, vf{});
       if (p.tail) adapter_tail_row<T, true>(p, b, r0 + i, row);
-      else load_row((const T*)p.grad + (r0 + i) * d, row, d, d);
+      else load_row((const T*)p.grad + row_of(p, r0 + i) * d, row, d, d);
       if (product) E::put_a_row(a, d, i, row);
     }
     if (!product) return;
@@ -85,8 +88,9 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
     multiply<E>(a, d, m, b.wu, r, c);
     for (int64_t i = 0; i < m; ++i) {
       gather_row<E>(c, m, i, row, r);
+      const T* z = (const T*)p.z + row_of(p, r0 + i) * r;
       for (int64_t j = 0; j < r; j += VL)
-        store(row + j, load(row + j) * splat(p.scale) * activate_grad(p.activation, load(z + i * r + j, r - j)), r - j);
+        store(row + j, load(row + j) * splat(p.scale) * activate_grad(p.activation, load(z + j, r - j)), r - j);
       if (b.dz) {
         store_row(b.dz + (r0 + i) * r, row, r);
         float* sum = b.sums.down(r0 + i);

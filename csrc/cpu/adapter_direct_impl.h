@@ -9,6 +9,10 @@ namespace FP_ISA {
 // What an adapter's rows need besides themselves: vectors of parameters as floats, null where there are none
 struct AdapterVectors { const float *gamma, *beta, *b_down, *b_up, *tail_gamma, *tail_beta; };  // b_up times scale, never null
 
+// The row of the matrices that is the pass's row i, and whether rows i.. i + m lie one behind the other
+template <class P> FP_INLINE int64_t row_of(const P& p, int64_t i) { return p.order ? p.order[i] : i; }
+template <class P> FP_INLINE bool together(const P& p, int64_t i, int64_t m) { return !p.order || p.order[i + m - 1] - p.order[i] == m - 1; }
+
 // Sums over rows, taken while a row is at hand: per `unit` rows, whatever the number of threads, then added up in order.
 // Of the trailing norm the gradients of weight and bias, `tail` floats together or 0, then dz's sums.
 struct RowSums {
@@ -36,8 +40,8 @@ template <class Elem> struct BackwardRows {
 // g = g_s + the gradient of y through the trailing norm. e: room for the row; KEEP leaves g as stored there.
 template <class T, bool KEEP, class Elem>
 static void adapter_tail_row(const fp_adapter_backward& p, const BackwardRows<Elem>& b, int64_t i, float* e) {
-  const int64_t at = i * p.d;
-  row_norm_grad((const T*)p.g_n + at, (const T*)p.y + at, p.d, row_stats_at(p.tail_stats, i), b.tail_gamma, p.tail, e, b.sums.norm(i), b.sums.width,
+  const int64_t row = row_of(p, i), at = row * p.d;
+  row_norm_grad((const T*)p.g_n + at, (const T*)p.y + at, p.d, row_stats_at(p.tail_stats, row), b.tail_gamma, p.tail, e, b.sums.norm(i), b.sums.width,
                 [e, g = (T*)p.g + at, g_s = p.g_s ? (const T*)p.g_s + at : nullptr](int64_t j, int64_t left, vf v) {
                   if (g_s) v += load(g_s + j, left);
                   store(g + j, v, left);
@@ -45,8 +49,8 @@ static void adapter_tail_row(const fp_adapter_backward& p, const BackwardRows<El
                 });
 }
 // dx's row from the down product u, which is overwritten
-template <class T> static void adapter_dx_row(const fp_adapter_backward& p, const float* gamma, int64_t row, float* u) {
-  const int64_t d = p.d, at = row * d;
+template <class T> static void adapter_dx_row(const fp_adapter_backward& p, const float* gamma, int64_t i, float* u) {
+  const int64_t d = p.d, row = row_of(p, i), at = row * d;
   auto put = [dx = (T*)p.dx + at, g = p.add_x ? (const T*)p.grad + at : nullptr](int64_t j, int64_t left, vf v) {
     store(dx + j, g ? v + load(g + j, left) : v, left);
   };
@@ -66,8 +70,15 @@ template <class E> struct DirectAdapter {
       for (int64_t t = begin; t < end; ++t) body(t * STRIP, size(t), size(t + 1));
     });
   }
-  static void ask(Ahead& ahead, const void* p, int64_t row, int64_t rows, int64_t d) {
-    if (p) ahead.add((const float*)p + row * d, rows * d * 4);
+  // Rows i.. of the matrix t, where they lie together
+  template <class P> static void ask(Ahead& ahead, const P& p, const void* t, int64_t i, int64_t rows) {
+    if (t && rows > 0 && together(p, i, rows)) ahead.add((const float*)t + row_of(p, i) * p.d, rows * p.d * 4);
+  }
+  // Rows i.. of the matrix t as a left operand: in place, or copied to `room`
+  template <class P> static Left left(const P& p, const void* t, int64_t i, int64_t m, float* room, int64_t width) {
+    if (together(p, i, m)) return {(const float*)t + row_of(p, i) * p.d, p.d, 1};
+    for (int64_t e = 0; e < m; ++e) memcpy(room + e * width, (const float*)t + row_of(p, i + e) * p.d, p.d * 4);
+    return {room, width, 1};
   }
 
   // finish(row, u): the rows of y and n from the up product u, which it may overwrite
@@ -75,27 +86,29 @@ template <class E> struct DirectAdapter {
   static void forward(const fp_adapter_forward& p, const AdapterVectors& v, const float* wd, const float* wu, const Finish& finish) {
     const int64_t d = p.d, r = p.r, width = round_up(d, E::NP) + 64, ldh = round_up(r, E::NP);
     strips(p.rows, d, r, [&](int64_t r0, int64_t m, int64_t following) {
-      const float* x = (const float*)p.x + r0 * d;
       float *n = scratch<float>(4, STRIP * width), *h = scratch<float>(5, STRIP * ldh), *u = scratch<float>(6, STRIP * width);
       for (int64_t i = 0; p.norm_weight && i < m; ++i) {
-        const RowStats s = row_stats(x + i * d, d, p.eps);
-        put_stats(p.stats, r0 + i, s);
-        row_normalize(x + i * d, n + i * width, d, s, v.gamma, v.beta);
+        const int64_t row = row_of(p, r0 + i);
+        const float* x = (const float*)p.x + row * d;
+        const RowStats s = row_stats(x, d, p.eps);
+        put_stats(p.stats, row, s);
+        row_normalize(x, n + i * width, d, s, v.gamma, v.beta);
       }
       Ahead ahead;
-      ask(ahead, p.res1, r0, m, d), ask(ahead, p.res2, r0, m, d), ask(ahead, p.y, r0, m, d), ask(ahead, p.n, r0, m, d);
-      ask(ahead, p.x, r0 + STRIP, following, d);
+      ask(ahead, p, p.res1, r0, m), ask(ahead, p, p.res2, r0, m), ask(ahead, p, p.y, r0, m), ask(ahead, p, p.n, r0, m);
+      ask(ahead, p, p.x, r0 + STRIP, following);
       ahead.spread(E::steps(m, d, r) + E::steps(m, r, d));
-      E::product(p.norm_weight ? Left{n, width, 1} : Left{x, d, 1}, m, d, wd, r, h, ldh, E::NP, false, &ahead);
-      for (int64_t i = 0; i < m; ++i)
+      E::product(p.norm_weight ? Left{n, width, 1} : left(p, p.x, r0, m, n, width), m, d, wd, r, h, ldh, E::NP, false, &ahead);
+      for (int64_t i = 0; i < m; ++i) {
+        float *hi = h + i * ldh, *zi = p.z ? (float*)p.z + row_of(p, r0 + i) * r : nullptr;
         for (int64_t j = 0; j < r; j += VL) {
-          float* hj = h + i * ldh + j;
-          const vf z = v.b_down ? load(hj) + load(v.b_down + j) : load(hj);
-          if (p.z) store((float*)p.z + (r0 + i) * r + j, z, r - j);
-          store(hj, activate(p.activation, z));
+          const vf z = v.b_down ? load(hi + j) + load(v.b_down + j) : load(hi + j);
+          if (zi) store(zi + j, z, r - j);
+          store(hi + j, activate(p.activation, z));
         }
+      }
       E::product({h, ldh, 1}, m, r, wu, d, u, width, E::NP, false, &ahead);
-      for (int64_t i = 0; i < m; ++i) finish(r0 + i, u + i * width);
+      for (int64_t i = 0; i < m; ++i) finish(row_of(p, r0 + i), u + i * width);
     });
   }
 
@@ -107,13 +120,12 @@ template <class E> struct DirectAdapter {
       if (b.sums.parts) b.sums.start(r0);
       for (int64_t i = r0; p.tail && i < r0 + m; ++i) adapter_tail_row<float, false>(p, b, i, u);
       Ahead ahead;
-      if (p.stats) ask(ahead, p.x, r0, m, d);
-      ask(ahead, p.dx, r0, m, d);
-      ask(ahead, p.grad, r0 + STRIP, following, d);  // with a tail this is g, to be written
-      ask(ahead, p.g_n, r0 + STRIP, following, d), ask(ahead, p.y, r0 + STRIP, following, d), ask(ahead, p.g_s, r0 + STRIP, following, d);
+      if (p.stats) ask(ahead, p, p.x, r0, m);
+      ask(ahead, p, p.dx, r0, m);
+      ask(ahead, p, p.grad, r0 + STRIP, following);  // with a tail this is g, to be written
+      ask(ahead, p, p.g_n, r0 + STRIP, following), ask(ahead, p, p.y, r0 + STRIP, following), ask(ahead, p, p.g_s, r0 + STRIP, following);
       ahead.spread(E::steps(m, d, r) + (p.dx ? E::steps(m, r, d) : 0));
-      const float* g = (const float*)p.grad + r0 * d;
-      if (product) E::product({g, d, 1}, m, d, b.wu, r, h, ldh, E::NP, false, &ahead);
+      if (product) E::product(left(p, p.grad, r0, m, u, width), m, d, b.wu, r, h, ldh, E::NP, false, &ahead);
       bottleneck(p, b, r0, m, product, h, ldh);
       if (!p.dx) return;
       E::product({h, ldh, 1}, m, r, b.wd, d, u, width, E::NP, false, &ahead);
@@ -123,19 +135,21 @@ template <class E> struct DirectAdapter {
   // dz from the gradient h of the activation, in its place, and the activation itself
   static void bottleneck(const fp_adapter_backward& p, const BackwardRows<float>& b, int64_t r0, int64_t m, bool product, float* h, int64_t ldh) {
     const int64_t r = p.r;
-    for (int64_t i = 0; i < m; ++i)
+    for (int64_t i = 0; i < m; ++i) {
+      const float* zi = (const float*)p.z + row_of(p, r0 + i) * r;
+      float *hi = h + i * ldh, *out = b.h ? b.h + (r0 + i) * r : nullptr, *dz = b.dz ? b.dz + (r0 + i) * r : nullptr;
+      float* sums = dz ? b.sums.down(r0) : nullptr;
       for (int64_t j = 0; j < r; j += VL) {
-        const int64_t at = (r0 + i) * r + j;
-        const vf z = load((const float*)p.z + at, r - j);
-        if (b.h) store(b.h + at, activate(p.activation, z), r - j);
+        const vf z = load(zi + j, r - j);
+        if (out) store(out + j, activate(p.activation, z), r - j);
         if (!product) continue;
-        const vf v = load(h + i * ldh + j) * splat(p.scale) * activate_grad(p.activation, z);
-        store(h + i * ldh + j, v);
-        if (!b.dz) continue;
-        store(b.dz + at, v, r - j);
-        float* sum = b.sums.down(r0) + j;
-        store(sum, load(sum) + v);
+        const vf v = load(hi + j) * splat(p.scale) * activate_grad(p.activation, z);
+        store(hi + j, v);
+        if (!dz) continue;
+        store(dz + j, v, r - j);
+        store(sums + j, load(sums + j) + v);
       }
+    }
   }
 };
 

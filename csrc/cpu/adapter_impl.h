@@ -69,15 +69,15 @@ template <class T, class E> struct AdapterForward : AdapterBase<T, E> {
 
   static void block(const fp_adapter_forward& p, const AdapterVectors& v, const Elem* wd, const Elem* wu, int64_t r0, int64_t m) {
     const int64_t d = p.d, r = p.r, width = round_up(d > r ? d : r, 64) + 64;
-    const T* x = (const T*)p.x + r0 * d;
     float* row = scratch<float>(4, width);
     Elem *a = scratch<Elem>(5, E::a_size(m, d)), *h = scratch<Elem>(6, E::a_size(m, r));
     float* c = scratch<float>(7, product_size<E>(m, d > r ? d : r));
     for (int64_t i = 0; i < m; ++i) {
-      load_row(x + i * d, row, d, width);
+      const int64_t at = row_of(p, r0 + i);
+      load_row((const T*)p.x + at * d, row, d, width);
       if (p.norm_weight) {
         const RowStats s = row_stats(row, d, p.eps);
-        put_stats(p.stats, r0 + i, s);
+        put_stats(p.stats, at, s);
         row_normalize(row, row, d, s, v.gamma, v.beta);
       }
       E::put_a_row(a, d, i, row);
@@ -87,13 +87,13 @@ template <class T, class E> struct AdapterForward : AdapterBase<T, E> {
     for (int64_t i = 0; i < m; ++i) {
       gather_row<E>(c, m, i, row, r);
       if (v.b_down) for (int64_t j = 0; j < r; j += VL) store(row + j, load(row + j) + load(v.b_down + j));
-      if (p.z) store_row((T*)p.z + (r0 + i) * r, row, r);
+      if (p.z) store_row((T*)p.z + row_of(p, r0 + i) * r, row, r);
       for (int64_t j = 0; j < r; j += VL) store(row + j, activate(p.activation, load(row + j)), r - j);
       E::put_a_row(h, r, i, row);
     }
     E::zero_a_rows(h, r, m);
     multiply<E>(h, r, m, wu, d, c);
-    for (int64_t i = 0; i < m; ++i) finish_row(p, v, r0 + i, c + i * E::NP, panel_size<E>(m), row);
+    for (int64_t i = 0; i < m; ++i) finish_row(p, v, row_of(p, r0 + i), c + i * E::NP, panel_size<E>(m), row);
   }
 
   // y's row from the up product c, then n's while it is at hand. `room` is for the row, and may be c where that is

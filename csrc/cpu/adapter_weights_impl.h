@@ -66,7 +66,6 @@ template <class T, class E> struct AdapterWeights : AdapterBase<T, E> {
       return false;
     }
     const int64_t r = p.r, d = p.d, chunk = chunk_rows(q.rows), n = columns(q, t).n;
-    const T* src = columns(q, t).src;
     Elem* b = scratch<Elem>(5, E::b_size(CHUNK, GROUP));
     for (int64_t k0 = 0, i = 0; k0 < q.rows; k0 += chunk, ++i) {
       const int64_t k = q.rows - k0 < chunk ? q.rows - k0 : chunk, rest = q.rows - k0 - k;
@@ -75,10 +74,10 @@ template <class T, class E> struct AdapterWeights : AdapterBase<T, E> {
       if constexpr (PLAIN) {
         Ahead ahead;
         const bool here = rest > 0;
-        if (here || next >= 0) {
-          const Columns s = here ? Columns{src + (k0 + k) * d, n} : columns(q, next);
-          const int64_t rows = here ? rest : q.rows;
-          ahead.add_columns(s.src, d * sizeof(T), rows < chunk ? rows : chunk, s.n * sizeof(T));
+        const int64_t row = here ? k0 + k : 0, left = here ? rest : q.rows, rows = left < chunk ? left : chunk;
+        if ((here || next >= 0) && together(q, row, rows)) {
+          const Columns s = columns(q, here ? t : next);
+          ahead.add_columns(s.src + row_of(q, row) * d, d * sizeof(T), rows, s.n * sizeof(T));
         }
         asked = ahead.more() && r >= E::MR;
         E::product({a + k0 * r, 1, r}, r, k, b, n, product(t), E::NP, panel_size<E>(r), k0 > 0 || !first, &ahead);
@@ -95,14 +94,15 @@ template <class T, class E> struct AdapterWeights : AdapterBase<T, E> {
     alignas(64) float pair[2][GROUP + 64] = {}, sums[GROUP + 64] = {};
     for (int64_t i = 0; i < E::pad_k(k); i += 2) {
       for (int64_t e = 0; e < 2; ++e) {
-        const T* row = s.src + (k0 + i + e) * p.d;
-        const RowStats stats = xhat && i + e < k ? row_stats_at(q.stats, k0 + i + e) : RowStats{0.f, 1.f};
-        const vf mean = splat(stats.mean), rstd = splat(stats.rstd);
         float* out = pair[e];
         if (i + e >= k) {
           memset(out, 0, GROUP * 4);
           continue;
         }
+        const int64_t at = row_of(q, k0 + i + e);
+        const T* row = s.src + at * p.d;
+        const RowStats stats = xhat ? row_stats_at(q.stats, at) : RowStats{0.f, 1.f};
+        const vf mean = splat(stats.mean), rstd = splat(stats.rstd);
         if (!asked) fetch(row + 16 * p.d, s.n * sizeof(T));
         each_vector(s.n, [&](int64_t j, int64_t left) {
           const vf v = fill_behind((load(row + j, left) - mean) * rstd, left, 0.f);
@@ -129,7 +129,7 @@ template <class T, class E> struct AdapterWeights : AdapterBase<T, E> {
         if (dz) E::put_a_transposed(az + at, k, n, dz + k0 * r + i0, r);
         if (!up) continue;
         for (int64_t i = 0; i < k; ++i)
-          for (int j = 0; j < 16; j += VL) store(h + i * 16 + j, activate(p.activation, load((const T*)q.z + (k0 + i) * r + i0 + j, n - j)));
+          for (int j = 0; j < 16; j += VL) store(h + i * 16 + j, activate(p.activation, load((const T*)q.z + row_of(q, k0 + i) * r + i0 + j, n - j)));
         E::put_a_transposed(ah + at, k, n, h, 16);
       }
     });

@@ -9,10 +9,12 @@ enum fp_prologue { FP_NONE = 0, FP_LAYERNORM = 1, FP_PROLOGUE_GELU = 2 };
 
 // y = scale * (act(own(x) Wd^T + bd) Wu^T + bu) + [x] + res1 + res2;  null pointers leave a term out.
 // A site has a tail, n = norm(y), of y as rounded to the element type.
+// order, of `rows` ascending row numbers: only those rows of the matrices are taken (one task's); null: the first `rows`.
 struct fp_adapter_forward {
   const void *x, *w_down, *b_down, *w_up, *b_up, *norm_weight, *norm_bias, *res1, *res2, *tail_weight, *tail_bias;
   void *y, *z, *n;            // y: with a tail null for not wanted; z: pre-activation [rows, r] or null; n: with a tail
   float *stats, *tail_stats;  // (mean, rstd) per row of x and of y, or null
+  const int64_t* order;
   int64_t rows;
   int d, r, activation, add_x, tail;  // tail: 0 none, 1 LayerNorm, 2 RMSNorm
   float eps, scale, tail_eps;
@@ -21,6 +23,7 @@ struct fp_adapter_backward {
   const void *grad, *x, *z, *w_down, *w_up, *norm_weight, *norm_bias;
   const float* stats;
   void *dx, *dw_down, *db_down, *dw_up, *db_up, *dnorm_weight, *dnorm_bias;  // null: not wanted
+  const int64_t* order;
   int64_t rows;
   int d, r, activation, add_x, tail;
   float scale;

@@ -92,6 +92,11 @@ struct Memory {
     for (size_t i = 0; i < blocks.back().bytes / 4; ++i) p[i] = draw();
     return p;
   }
+  int64_t* in_order(int64_t count, int64_t first, int64_t step) {
+    int64_t* p = (int64_t*)block(count, 8, false);
+    for (size_t i = 0; i < blocks.back().bytes / 8; ++i) p[i] = first + i * step;
+    return p;
+  }
   uint8_t* in_mask(int64_t count) {
     uint8_t* p = (uint8_t*)block(count, 1, false);
     for (size_t i = 0; i < blocks.back().bytes; ++i) p[i] = i % 3 == 0;
@@ -165,6 +170,26 @@ void site(int dtype, int64_t rows, int d, int r, int tail, int variant) {
   }
   b.rows = rows, b.d = d, b.r = r, b.activation = f.activation, b.add_x = f.add_x, b.tail = tail, b.scale = f.scale;
   fp_active()->adapter_backward(b, dtype);
+  m.check();
+}
+
+// An adapter of two tasks: even rows, then odd ones
+void tasks(int dtype, int64_t rows, int d, int r, bool norm) {
+  Memory m(name("tasks", dtype, {rows, d, r, norm}), dtype);
+  fp_adapter_forward f{};
+  f.x = m.in(rows * d), f.w_down = m.in(int64_t(r) * d, .1f), f.w_up = m.in(int64_t(d) * r, .1f);
+  f.norm_weight = m.in(d, 1, norm), f.res1 = m.in(rows * d);
+  f.y = m.out(rows * d), f.z = m.out(rows * r), f.stats = m.out_float(2 * rows, norm);
+  f.d = d, f.r = r, f.activation = FP_GELU, f.eps = 1e-5f, f.scale = .5f;
+  fp_adapter_backward b{};
+  b.grad = m.in(rows * d), b.x = f.x, b.z = f.z, b.w_down = f.w_down, b.w_up = f.w_up, b.stats = f.stats, b.norm_weight = f.norm_weight;
+  b.dx = m.out(rows * d), b.d = d, b.r = r, b.activation = f.activation, b.scale = f.scale;
+  for (int64_t t = 0; t < 2; ++t) {
+    f.rows = b.rows = (rows + 1 - t) / 2, f.order = b.order = m.in_order(f.rows, t, 2);
+    b.dw_down = m.out(int64_t(r) * d), b.db_down = m.out(r), b.dw_up = m.out(int64_t(d) * r), b.db_up = m.out(d), b.dnorm_weight = m.out(d, norm);
+    fp_active()->adapter_forward(f, dtype);
+    fp_active()->adapter_backward(b, dtype);
+  }
   m.check();
 }
 
@@ -261,6 +286,7 @@ std::vector<Case> cases() {
     for (int dim : {8, 64, 35}) all.push_back([=](int t) { attention(t, 2, tokens, 3, dim, tokens % 2); });
   all.push_back([](int t) { adapter(t, 33, 80, 48, 3); });                           // where a panel is no multiple of 32
   all.push_back([](int t) { site(t, 33, 80, 48, 1, 3); });
+  for (int norm : {0, 1}) all.push_back([=](int t) { tasks(t, 71, 76, 20, norm); });
   all.push_back([](int t) { site(t, 1700, 760, 8, 2, 3); });                         // several slices
   all.push_back([](int t) { linear(t, 33, 3072, {20}, FP_PROLOGUE_GELU, false); });  // deeper than one block
   all.push_back([](int t) { linear(t, 700, 20, {7000}, FP_NONE, true); });           // large enough to stream
@@ -273,6 +299,7 @@ std::vector<Case> planted() {
   return {
       [](int t) { adapter(t, 5, 7, 3, 7); },
       [](int t) { site(t, 5, 7, 3, 1, 3); },
+      [](int t) { tasks(t, 5, 7, 3, true); },
       [](int t) { linear(t, 5, 7, {3, 5}, FP_LAYERNORM, false); },
       [](int t) { linear(t, 5, 7, {3}, FP_PROLOGUE_GELU, true); },
       [](int t) { attention(t, 1, 5, 2, 7, true); },
