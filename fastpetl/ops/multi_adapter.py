@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._common import check_input, check_like
+from ._multi_adapter import in_one_call
 from .adapter import adapter, adapter_reference
 
 __all__ = ["multi_adapter", "multi_adapter_reference"]
@@ -32,18 +33,13 @@ def multi_adapter(
     allows it; a first dimension of 1 is shared by all tasks (half-shared adapters); norm_weight and norm_bias [d],
     shared, or [T, d]; task_ids int64, [batch] or of x's shape without its last dimension.
     The rest as `adapter`. Parity: running each task's rows by themselves. Gradients: for all T, zeros for a task
-    without rows. A batch of one task costs one `adapter`; a mixed one is put in the tasks' order first. In compiled
-    code every row goes through every task's adapter, so that ids do not shape the graph.
+    without rows. A batch of one task costs one `adapter`. C++ takes each task's rows where they lie; for other backends
+    a mixed batch is put in the tasks' order first. In compiled code every row goes through every task's adapter, so
+    that ids do not shape the graph.
     """
-    return _run(
-        "multi_adapter",
-        lambda *a, **k: adapter(*a, **k, backend=backend),
-        (x, w_down, b_down, w_up, b_up, norm_weight, norm_bias),
-        task_ids,
-        {"eps": eps, "activation": activation, "scale": scale},
-        residuals,
-        torch.compiler.is_compiling(),
-    )
+    tensors = (x, w_down, b_down, w_up, b_up, norm_weight, norm_bias)
+    options = {"eps": eps, "activation": activation, "scale": scale}
+    return _run("multi_adapter", tensors, task_ids, options, residuals, torch.compiler.is_compiling(), backend)
 
 
 def multi_adapter_reference(
@@ -70,10 +66,10 @@ def multi_adapter_reference(
         (x, w_down, b_down, w_up, b_up, norm_weight, norm_bias),
         dict(eps=eps, activation=activation, scale=scale),
     )
-    return _run("multi_adapter_reference", adapter_reference, tensors, task_ids, options, residuals, True)
+    return _run("multi_adapter_reference", tensors, task_ids, options, residuals, True)
 
 
-def _run(function, adapt, tensors, task_ids, options, residuals, together):
+def _run(function, tensors, task_ids, options, residuals, together, backend=None):
     x, *stacks = tensors
     tasks = _check(function, x, stacks, task_ids)
     if not isinstance(residuals, (tuple, list)):
@@ -84,23 +80,40 @@ def _run(function, adapt, tensors, task_ids, options, residuals, together):
         )
     if not torch.compiler.is_compiling():
         _check_range(function, task_ids, tasks)
-    own = [_per_task(t, tasks, flat) for t, flat in zip(stacks, (0, 0, 0, 0, 1, 1), strict=True)]
 
-    def call(t, u, res):
-        w_down, b_down, w_up, b_up, gamma, beta = (stack[t] for stack in own)
-        return adapt(u, w_down, b_down, w_up, b_up, norm_weight=gamma, norm_bias=beta, **options, residuals=res)
+    def compose(name, x, stacks, residuals):
+        own = [_per_task(t, tasks, flat) for t, flat in zip(stacks, (0, 0, 0, 0, 1, 1), strict=True)]
 
-    if tasks == 1:
-        return call(0, x, tuple(residuals))
-    if together:
-        ids, y = task_ids.view(*task_ids.shape, *(1,) * (x.dim() - task_ids.dim())), None
-        for t in range(tasks):
-            mine = ids == t  # zeros elsewhere: no infinity of another task's row reaches this one's gradients
-            u, *res = (torch.where(mine, r, 0) for r in (x, *residuals))
-            out = call(t, u, tuple(res))
-            y = out if y is None else torch.where(mine, out, y)
-        return y
-    return _grouped(call, x, tuple(residuals), task_ids, tasks)
+        def call(t, u, res):
+            w_down, b_down, w_up, b_up, gamma, beta = (stack[t] for stack in own)
+            named = dict(norm_weight=gamma, norm_bias=beta, **options, residuals=res)
+            if name is None:
+                return adapter_reference(u, w_down, b_down, w_up, b_up, **named)
+            return adapter(u, w_down, b_down, w_up, b_up, **named, backend=name)
+
+        if tasks == 1:
+            return call(0, x, residuals)
+        return (_together if together else _grouped)(call, x, residuals, task_ids, tasks)
+
+    residuals = tuple(residuals)
+    if tasks > 1 and not together:
+        y = in_one_call(compose, x, stacks, residuals, task_ids, tasks, **options, backend=backend)
+        if y is not None:
+            return y
+    return compose(backend, x, stacks, residuals)
+
+
+def _together(call, x, residuals, task_ids, tasks):
+    """Every row through every task's adapter, one chosen. Zeros elsewhere: no infinity of another task's row reaches
+    this one's gradients.
+    """
+    ids, y = task_ids.view(*task_ids.shape, *(1,) * (x.dim() - task_ids.dim())), None
+    for t in range(tasks):
+        mine = ids == t
+        u, *res = (torch.where(mine, r, 0) for r in (x, *residuals))
+        out = call(t, u, tuple(res))
+        y = out if y is None else torch.where(mine, out, y)
+    return y
 
 
 def _check_range(function, task_ids, tasks) -> None:

@@ -1,10 +1,12 @@
 """The raw C++ ops cpu_multi_adapter_forward and _backward: each row through its task's adapter, in one call."""
 
+import sys
+
 import fastpetl._C as C
 import pytest
 import torch
 
-from fastpetl.ops import multi_adapter_reference
+from fastpetl.ops import multi_adapter, multi_adapter_reference
 from ops.op_cases import assert_two_times
 
 ops = torch.ops.fastpetl
@@ -173,3 +175,66 @@ def test_errors(error, change):
     stacks |= {k: t for k, t in change.items() if k != "ids"}
     with pytest.raises(RuntimeError, match=error):
         run(x, res, g, stacks, change.get("ids", torch.tensor([0, 1])), 4)
+
+
+# --- behind ops.multi_adapter -----------------------------------------------------------------------------------------
+
+
+def public(x, res, stacks, ids, **options):
+    named = {k: stacks[k] for k in ("norm_weight", "norm_bias")}
+    weights = [stacks[k] for k in NAMES[:4]]
+    return multi_adapter(x, *weights, ids, **named, eps=EPS, activation=ACT, scale=SCALE, residuals=res, **options)
+
+
+@pytest.mark.parametrize("shared", [(), ("w_down", "b_down"), ("norm_weight", "b_up")])
+def test_the_public_op_makes_one_call(isa, monkeypatch, shared):
+    """Its bits; shared stacks, and a norm without tasks, get the sum of the tasks' gradients."""
+    monkeypatch.setattr(sys.modules["fastpetl.ops.multi_adapter"], "_grouped", None)
+    x, res, g, stacks = arguments(130, 264, 40, 4, torch.float32, shared=shared)
+    if "norm_weight" in shared:
+        stacks["norm_weight"] = stacks["norm_weight"][0]
+    y, _, _, *want = run(x, res, g, stacks, IDS["samples"], 4)  # x is a residual there too
+    leaves = [t.requires_grad_() for t in (x.view(5, 26, 264), *stacks.values())]
+    got = public(leaves[0], (res.view(5, 26, 264), leaves[0]), stacks, IDS["samples"], backend="cpp")
+    assert torch.equal(got.view(130, 264), y)
+    grads = torch.autograd.grad(got, leaves, g.view(5, 26, 264))
+    for ours, theirs, leaf in zip(grads, want, leaves, strict=True):
+        summed = theirs if theirs.numel() == leaf.numel() else theirs.sum(0)
+        assert torch.equal(ours.flatten(), summed.flatten())
+
+
+def test_the_public_op_without_gradients_and_with_part_of_them(isa):
+    x, res, g, stacks = arguments(130, 264, 40, 4, torch.bfloat16)
+    full = run(x, res, g, stacks, IDS["samples"], 4)
+    shape = (5, 26, 264)
+    y = public(x.view(shape), (x.view(shape), res.view(shape)), stacks, IDS["samples"], backend="cpp")
+    assert not y.requires_grad
+    stacks["w_up"].requires_grad_()
+    y = public(x.view(shape), (res.view(shape),), stacks, IDS["samples"], backend="cpp")
+    (dw,) = torch.autograd.grad(y, stacks["w_up"], g.view(shape))
+    assert torch.equal(dw, full[6])
+
+
+def test_the_public_op_where_one_call_does_not_serve():
+    """Under autocast, and with three residuals besides x, it is composed: as before, or an error."""
+    x, res, g, stacks = arguments(130, 264, 40, 4, torch.float32)
+    shape = (5, 26, 264)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = public(x.view(shape), (res.view(shape),), stacks, IDS["samples"], backend="cpp")
+    want = public(x.view(shape), (res.view(shape),), stacks, IDS["samples"], backend="reference")
+    torch.testing.assert_close(y, want, rtol=0.05, atol=0.08)
+    three = tuple(res.view(shape).clone() for _ in range(3))
+    with pytest.raises(ValueError, match="adapter: residuals has 3 tensors beside x, expected at most 2"):
+        public(x.view(shape), three, stacks, IDS["samples"], backend="cpp")
+    stacks["w_up"] = stacks["w_up"][:, :3]
+    with pytest.raises(ValueError, match=r"adapter: w_up has shape \(3, 40\), expected \(hidden=264, bottleneck=40\)"):
+        public(x.view(shape), (), stacks, IDS["samples"], backend="cpp")
+
+
+def test_the_public_op_is_of_first_order():
+    x, res, g, stacks = arguments(10, 24, 8, 4, torch.float32)
+    x.requires_grad_()
+    y = public(x.view(5, 2, 24), (), stacks, IDS["samples"], backend="cpp")
+    (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="multi_adapter: the fused backends cannot be differentiated twice"):
+        dx.sum().backward()
