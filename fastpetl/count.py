@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,13 +20,15 @@ __all__ = ["Count", "count", "main"]
 @dataclass(frozen=True)
 class Count:
     """Parameters (storage shared by several counts once) and MACs of one forward; parts: (name, total, trainable,
-    macs).
+    macs). macs_fvcore: by the convention of fvcore's "FLOPs", which papers quote: MACs, and 5 per element of a layer
+    norm (4 without weights).
     """
 
     total: int
     trainable: int
     macs: int
     parts: tuple[tuple[str, int, int, int], ...] = ()
+    macs_fvcore: int = 0
 
     @property
     def trainable_percent(self) -> float:
@@ -37,6 +40,8 @@ class Count:
         for name, total, trainable, macs in rows:
             share = f"{100.0 * trainable / total:.2f}" if total else ""
             lines.append((name, f"{total:,}", f"{trainable:,}", share, f"{macs:,}"))
+        if self.macs:
+            lines.append(("total by fvcore's convention", "", "", "", f"{self.macs_fvcore:,}"))
         widths = [max(len(line[i]) for line in lines) for i in range(5)]
         return "\n".join(
             "  ".join(
@@ -56,25 +61,33 @@ def count(model: nn.Module, inputs=None) -> Count:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"count: model is {type(model).__name__}, expected a torch.nn.Module")
-    macs = {} if inputs is None else _run(model, inputs)
-    names = _parts(model)
+    found = {} if inputs is None else _run(model, inputs)
     parts = []
-    for name in names:
-        module = model.get_submodule(name)
-        parts.append((name, *_parameters(module), macs.get(name, 0)))
-    return Count(*_parameters(model), macs=macs.get("", 0), parts=tuple(parts))
+    for name, module in _parts(model):
+        parts.append((name, *_parameters(module), _macs_of(name, module, found)))
+    macs, norms = found.get("", (0, 0))
+    return Count(*_parameters(model), macs=macs, parts=tuple(parts), macs_fvcore=macs + norms)
 
 
-def _parts(model: nn.Module) -> list[str]:
-    """The modules a table names: children, with one that holds most of the parameters replaced by its own."""
-    names: list[str] = []
+def _macs_of(name: str, module: nn.Module, found: dict) -> int:
+    """Of a part; a ModuleList is never called itself: what is in it is."""
+    if name in found or not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return found.get(name, (0, 0))[0]
+    return sum(_macs_of(f"{name}.{child}", inner, found) for child, inner in module.named_children())
+
+
+def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What a table names: children, with one that holds most of the parameters replaced by its own."""
+    found: list[tuple[str, nn.Module]] = []
     everything = max(1, _parameters(model)[0])
     for name, child in model.named_children():
         if _parameters(child)[0] > 0.5 * everything and any(True for _ in child.children()):
-            names += [f"{name}.{inner}" for inner, _ in child.named_children()]
+            found += [(f"{name}.{inner}", module) for inner, module in child.named_children()]
+            own = child.named_parameters(recurse=False)
+            found += [(f"{name}.{inner}", nn.ParameterList([parameter])) for inner, parameter in own]
         else:
-            names.append(name)
-    return names
+            found.append((name, child))
+    return found
 
 
 def _parameters(module: nn.Module) -> tuple[int, int]:
@@ -102,8 +115,13 @@ def _union(spans) -> int:
     return covered
 
 
-def _run(model: nn.Module, inputs) -> dict[str, int]:
-    """MACs by module name ("" the whole model)."""
+def _norm_operations(x_shape, _normalized, weight_shape, *_, **__) -> int:
+    """fvcore's own number for a layer norm."""
+    return math.prod(x_shape) * (4 if weight_shape is None else 5)
+
+
+def _run(model: nn.Module, inputs) -> dict[str, tuple[int, int]]:
+    """(MACs, what fvcore counts for layer norms) by module name ("" the whole model)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
@@ -111,7 +129,8 @@ def _run(model: nn.Module, inputs) -> dict[str, int]:
     # Attention as matrix products: the counter does not know torch's fused kernels for the CPU.
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad(), _unpatched(model), plain:
-        counter = FlopCounterMode(display=False, depth=None)
+        norm = torch.ops.aten.native_layer_norm
+        counter = FlopCounterMode(display=False, depth=None, custom_mapping={norm: _norm_operations})
         try:
             model.eval()
             with counter:
@@ -128,7 +147,8 @@ def _run(model: nn.Module, inputs) -> dict[str, int]:
     found = {}
     for name, flops in counter.get_flop_counts().items():
         name = "" if name in ("Global", root) else name.removeprefix(f"{root}.")
-        found[name] = max(found.get(name, 0), sum(flops.values()) // 2)
+        norms = flops.get(norm, 0)
+        found[name] = max(found.get(name, (0, 0)), ((sum(flops.values()) - norms) // 2, norms))
     return found
 
 
@@ -156,8 +176,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m fastpetl count", description="Parameters and MACs of a model.")
     parser.add_argument(
         "model",
-        choices=["vilt", "vlbart", "vlt5"],
-        help="vilt: ViLT-B/32 for VQAv2 with DAS adapters; vlbart, vlt5: VL-Adapter's methods on them, parameters only",
+        choices=["vilt", "meter", "vlbart", "vlt5"],
+        help="vilt, meter: ViLT-B/32 and METER (CLIP-B/16, RoBERTa-base) for VQAv2 with DAS adapters; vlbart, vlt5: "
+        "VL-Adapter's methods on them, parameters only",
     )
     parser.add_argument("--method", help="vlbart, vlt5: one of VL-Adapter's methods, default: all")
     parser.add_argument(
@@ -166,47 +187,77 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--text-tokens", type=int, default=40, help="default: 40")
     parser.add_argument("--skip", type=int, nargs="*", default=(), metavar="I", help="blocks to skip, default: none")
     parser.add_argument("--bottleneck", type=int, help="of the adapters in the blocks, default: 96")
-    parser.add_argument("--skip-bottleneck", type=int, help="of the shortcut adapters, default: 192")
-    parser.add_argument("--no-adapters", action="store_true", help="plain ViLT: no adapters, skipping by identity")
+    parser.add_argument("--skip-bottleneck", type=int, help="of the shortcut adapters, default: 192, METER's 288")
+    parser.add_argument("--no-adapters", action="store_true", help="the plain model: no adapters, skipping by identity")
     args = parser.parse_args(argv)
-    if args.model != "vilt":
-        return _methods(parser, args)
     try:
-        from transformers import ViltConfig, ViltForQuestionAnswering
+        return (_das if args.model in ("vilt", "meter") else _methods)(parser, args)
     except ImportError as error:
         print(f"count: transformers does not import ({error}): pip install transformers")
         return 1
-    from fastpetl.methods import DASConfig, attach
-    from fastpetl.skip import SkipPlan, skip
 
-    height, width = args.image_size
-    config = ViltConfig(num_labels=3129, max_position_embeddings=max(40, args.text_tokens))
-    model = ViltForQuestionAnswering(config)
+
+def _das(parser, args) -> int:
+    from fastpetl.methods import DASConfig, attach
+    from fastpetl.skip import SkipPlan, blocks, skip
+
+    (height, width), patch = args.image_size, 32 if args.model == "vilt" else 16
+    if args.model == "meter" and height != width:
+        parser.error(f"--image-size is {height} {width}, expected a square for meter")
+    model, inputs = (_vilt if args.model == "vilt" else _meter)(height, width, args.text_tokens)
+    beyond = [i for i in args.skip if not 0 <= i < len(blocks(model))]
+    if beyond:
+        parser.error(f"--skip has {beyond[0]}, expected blocks 0 to {len(blocks(model)) - 1}")
+    plain = count(model, inputs)
     if not args.no_adapters:
         attach(model, DASConfig(bottleneck=args.bottleneck, skip_bottleneck=args.skip_bottleneck), patch=False)
     skip(model, SkipPlan(tuple(args.skip)))
+    counted = count(model, inputs)
+    name = "ViLT-B/32" if args.model == "vilt" else "METER"
+    tokens, visual = args.text_tokens, 1 + (height // patch) * (width // patch)
+    print(f"{name}, VQAv2 head, {height}x{width} pixels, {tokens} text tokens: {tokens + visual} tokens, batch 1")
+    print(f"skipped blocks: {', '.join(map(str, args.skip)) or 'none'}")
+    print(counted)
+    for what, got, before in (
+        ("MACs", counted.macs, plain.macs),
+        ("by fvcore's convention", counted.macs_fvcore, plain.macs_fvcore),
+    ):
+        print(f"against the plain model, {what}: {got - before:+,} ({100 * (got - before) / before:+.2f} %)")
+    return 0
+
+
+def _vilt(height: int, width: int, tokens: int):
+    from transformers import ViltConfig, ViltForQuestionAnswering
+
+    model = ViltForQuestionAnswering(ViltConfig(num_labels=3129, max_position_embeddings=max(40, tokens)))
     inputs = {
-        "input_ids": torch.ones(1, args.text_tokens, dtype=torch.long),
-        "attention_mask": torch.ones(1, args.text_tokens, dtype=torch.long),
+        "input_ids": torch.ones(1, tokens, dtype=torch.long),
+        "attention_mask": torch.ones(1, tokens, dtype=torch.long),
         "pixel_values": torch.zeros(1, 3, height, width),
         "pixel_mask": torch.ones(1, height, width, dtype=torch.long),
     }
-    tokens = args.text_tokens + 1 + (height // config.patch_size) * (width // config.patch_size)
-    print(f"ViLT-B/32, VQAv2 head, {height}x{width} pixels, {args.text_tokens} text tokens: {tokens} tokens, batch 1")
-    print(f"skipped blocks: {', '.join(map(str, args.skip)) or 'none'}")
-    print(count(model, inputs))
-    return 0
+    return model, inputs
+
+
+def _meter(height: int, width: int, tokens: int):
+    """Without memory or arithmetic: METER's forward looks at no value. ViLT's does, it chooses patches."""
+    from fastpetl.models import MeterConfig, MeterForQuestionAnswering
+
+    with torch.device("meta"):
+        config = MeterConfig(num_labels=3129, max_text_length=tokens, vision_config={"image_size": height})
+        inputs = {
+            "input_ids": torch.ones(1, tokens, dtype=torch.long),
+            "pixel_values": torch.zeros(1, 3, height, width),
+        }
+        return MeterForQuestionAnswering(config), inputs
 
 
 make_callable(__name__, count)
 
 
 def _methods(parser, args) -> int:
-    try:
-        from fastpetl.methods import published
-    except ImportError as error:
-        print(f"count: transformers does not import ({error}): pip install transformers")
-        return 1
+    from fastpetl.methods import published
+
     if args.method is not None and args.method not in published.METHODS:
         parser.error(f"--method is {args.method}, expected one of {', '.join(published.METHODS)}")
     print(published.table(args.model, published.METHODS if args.method is None else (args.method,)))

@@ -1,4 +1,6 @@
-"""The paper's integers: parameters and MACs of ViLT and DAS-ViLT, and the command that prints them."""
+"""The papers' integers: parameters and MACs of ViLT, METER and DAS on both, and the command that prints them."""
+
+import copy
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from transformers import ViltConfig, ViltForQuestionAnswering
 
 import fastpetl
 from fastpetl.count import main
+from fastpetl.models import MeterConfig, MeterForQuestionAnswering
 from vilt_tiny import everything, inputs, one_thread, tiny_das  # noqa: F401
 
 CONV, POOLER, HEAD = 3 * 32 * 32 * 768, 768 * 768, 768 * 1536 + 1536 * 3129
@@ -50,13 +53,146 @@ def test_macs_of_the_blocks(full_size, patches, tokens, k):
         assert macs == sum(b.shortcut_macs if b.index < k else b.macs for b in blocks)
 
 
-def test_published_differences():
-    """das.md 5.2: what skipping k blocks saves over plain ViLT, in GMAC to the digits printed there."""
-    for tokens, saved in ((185, (-0.707, -2.069, -3.431, -4.793)), (281, (-1.116, -3.226, -5.336, -7.446))):
-        block = 12 * 768**2 * tokens + 2 * 768 * tokens**2
-        adapter = 2 * 768 * 192 * tokens
-        for k, want in enumerate(saved, 1):
-            assert round((12 * adapter - k * block) / 1e9, 3) == want
+VILT = {  # side x side: (patches, G without adapters, adapters alone, skipping 1 .. 4 of DAS-ViLT, the same in percent)
+    (384, 384): (144, 16.684, 0.655, (-0.707, -2.069, -3.431, -4.793), (-4.24, -12.40, -20.57, -28.73)),
+    (384, 640): (240, 25.889, 0.994, (-1.116, -3.226, -5.336, -7.446), None),
+}
+
+
+@pytest.mark.parametrize("size", VILT)
+def test_published_differences_of_vilt(full_size, size):
+    """What skipping saves over plain ViLT, in GMAC to the digits published; the VQA head is not in the total."""
+    patches, total, adapters, saved, percent = VILT[size]
+    image = torch.empty(1, 3, *size, device="meta")
+    embeddings = fastpetl.count(full_size.vilt.embeddings.patch_embeddings, (image,)).macs
+    pooler = fastpetl.count(full_size.vilt.pooler, (torch.empty(1, 41 + patches, 768, device="meta"),)).macs
+    assert (embeddings, pooler) == (patches * CONV, POOLER)
+    bare = fastpetl.detach(full_size)
+    plain = full_size_macs(bare, patches)
+    fastpetl.attach(full_size, fastpetl.DASConfig(), patch=False)
+    whole = plain + embeddings + pooler
+    assert round(whole / 1e9, 3) == total
+    for k in range(5):
+        with fastpetl.skip(full_size, fastpetl.SkipPlan(tuple(range(k)))):
+            difference = full_size_macs(full_size, patches) - plain
+        assert round(difference / 1e9, 3) == (saved[k - 1] if k else adapters)
+        if k and percent:
+            assert round(100 * difference / whole, 2) == percent[k - 1]
+
+
+def in_use(model, plan) -> int:
+    """Parameters of the adapters that are left when what `plan` never runs is dropped."""
+    fastpetl.prune(model, fastpetl.SkipPlan(plan))
+    return sum(p.numel() for name, p in model.named_parameters() if "adapter" in name)
+
+
+def adapters(model, part, norms=True) -> int:
+    named = [(name, p) for name, p in model.named_parameters() if "adapter" in name and part in name]
+    return sum(p.numel() for name, p in named if norms or "norm" not in name)
+
+
+@pytest.mark.parametrize("k", range(13))
+def test_adapters_in_use_of_vilt(full_size, k):
+    assert adapters(full_size, "adapter_list") == 3_568_896
+    assert adapters(full_size, ".layer.") == 12 * 299_712
+    assert adapters(full_size, ".layer.", norms=False) == 3_559_680  # the paper's 3.56 M
+    left = in_use(copy.deepcopy(full_size), tuple(range(k)))
+    assert left == (12 - k) * 299_712 + k * 297_408
+    assert left == {1: 3_594_240, 4: 3_587_328}.get(k, left)
+
+
+# --- METER ------------------------------------------------------------------------------------------------------------
+
+
+def full_size_meter(size, das=True):
+    with torch.device("meta"):
+        config = MeterConfig(num_labels=3129, max_text_length=40, vision_config={"image_size": size})
+        model = MeterForQuestionAnswering(config).eval()
+    return fastpetl.attach(model, fastpetl.DASConfig(), patch=False) if das else model
+
+
+def run_meter(model) -> tuple[int, int]:
+    """(MACs, by fvcore's convention) without the head, for one text of 40 tokens; the published numbers start at
+    embedded text, whose layer norm is the only thing before it that either counts.
+    """
+    size = model.config.vision_config.image_size
+    inputs = {"input_ids": torch.ones(1, 40, dtype=torch.long), "pixel_values": torch.empty(1, 3, size, size)}
+    counted = fastpetl.count(model.meter, {name: value.to("meta") for name, value in inputs.items()})
+    return counted.macs, counted.macs_fvcore - 5 * 40 * 768
+
+
+@pytest.fixture(scope="module")
+def meter_384():
+    """DAS-METER at 384 pixels, and what it costs without adapters."""
+    plain = run_meter(full_size_meter(384, das=False))
+    return full_size_meter(384), plain
+
+
+def test_macs_of_meter(meter_384):
+    model, plain = meter_384
+    assert plain == (93_125_125_632, 93_224_639_232)  # 93.125 G, 93.2246 G
+    # fvcore saw 87.5700 G of it: the attentions of both towers are fused, which hid their products from it
+    hidden = 11 * 2 * 577**2 * 768 + 12 * 2 * 40**2 * 768
+    assert (round(hidden / 1e9, 4), round((plain[1] - hidden) / 1e9, 4)) == (5.6547, 87.5700)
+    counted = fastpetl.count(
+        model,
+        {
+            "input_ids": torch.ones(1, 40, dtype=torch.long, device="meta"),
+            "pixel_values": torch.empty(1, 3, 384, 384, device="meta"),
+        },
+    )
+    parts = {name: macs for name, _, _, macs in counted.parts}
+    assert round(parts["meter.text_transformer"] / 1e9, 4) == 3.4269
+    assert round((parts["meter.vit_model"] - 576 * 3 * 16 * 16 * 768) / 1e9, 4) == 50.5485
+    assert sum(parts.values()) == counted.macs and sum(n for _, n, _, _ in counted.parts) == counted.total
+    assert counted.macs == run_meter(model)[0] + 1536 * 1536 + 1536 * 3129
+
+
+METER = {  # (text, image) layers skipped: (GMAC, by fvcore's convention, in percent of it)
+    (0, 0): (1.638, 1.680, 1.80),
+    (1, 1): (-4.770, -4.739, -5.08),
+    (2, 2): (-11.177, -11.158, -11.97),
+    (4, 0): (-2.558, -2.518, -2.70),
+    (0, 4): (-19.797, -19.798, -21.24),
+    (3, 1): (-6.868, -6.838, -7.34),
+    (1, 3): (-15.487, -15.478, -16.60),
+    (3, 3): (-17.585, -17.578, -18.86),
+    (4, 4): (-23.992, -23.997, -25.74),
+    (5, 5): (-30.400, -30.416, -32.63),
+}
+
+
+def differences(model, plain, text, image) -> tuple[float, float, float]:
+    plan = fastpetl.SkipPlan((*range(text), *range(6, 6 + image)))
+    with fastpetl.skip(model, plan):
+        macs, fvcore = run_meter(model)
+    difference = fvcore - plain[1]
+    return round((macs - plain[0]) / 1e9, 3), round(difference / 1e9, 3), round(100 * difference / plain[1], 2)
+
+
+@pytest.mark.parametrize(("text", "image"), METER)
+def test_published_differences_of_meter(meter_384, text, image):
+    """The paper's headline, -11.16 G or -11.97 % of METER, is two text and two image layers."""
+    assert differences(*meter_384, text, image) == METER[text, image]
+
+
+@pytest.mark.parametrize(("size", "saved", "percent"), [(288, -6.318, -11.95), (576, -27.137, -11.97)])
+def test_the_headline_at_other_sizes(size, saved, percent):
+    plain = run_meter(full_size_meter(size, das=False))
+    assert differences(full_size_meter(size), plain, 2, 2)[1:] == (saved, percent)
+
+
+@pytest.mark.parametrize("k", [0, 4, 12])
+def test_adapters_in_use_of_meter(meter_384, k):
+    model, _ = meter_384
+    shortcuts, layers = adapters(model, "adapter_list"), adapters(model, "layers")
+    assert (shortcuts, layers + shortcuts) == (5_339_520, 10_734_336)
+    assert adapters(model, "layers", norms=False) == 5_339_520  # the paper's 5.34 M, twice the same number
+    left = in_use(copy.deepcopy(model), tuple(range(k)))
+    assert left == (12 - k) * 449_568 + k * 444_960 and (k != 4 or left == 5_376_384)
+
+
+# --- any model --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("patch", [False, True])
@@ -89,6 +225,15 @@ def test_aliases_count_once():
     assert (counted.total, counted.trainable) == (16, 12)
 
 
+def test_fvcores_convention():
+    """Its layer norms: 5 per element, 4 without weights; all else as it is."""
+    norms = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.LayerNorm(8, elementwise_affine=False), nn.ReLU())
+    counted = fastpetl.count(norms, torch.zeros(3, 7, 6))
+    assert (counted.macs, counted.macs_fvcore) == (21 * 48, 21 * 48 + 9 * 21 * 8)
+    assert f"{counted.macs_fvcore:,}" in str(counted).splitlines()[-1]
+    assert fastpetl.count(norms).macs_fvcore == 0 and "fvcore" not in str(fastpetl.count(norms))
+
+
 def test_inputs_and_errors():
     model = nn.Linear(3, 5)
     for given in (torch.zeros(2, 3), (torch.zeros(2, 3),), {"input": torch.zeros(2, 3)}):
@@ -108,6 +253,23 @@ def test_command_line(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["bert"])
     capsys.readouterr()
+
+
+def test_command_line_for_meter(capsys):
+    assert main(["meter", "--skip", "0", "1", "6", "7"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "METER, VQAv2 head, 384x384 pixels, 40 text tokens: 617 tokens" in out and "skipped blocks: 0, 1, 6, 7" in out
+    )
+    assert "against the plain model, MACs: -11,177,315,328 (-12.00 %)" in out
+    assert "against the plain model, by fvcore's convention: -11,158,361,088 (-11.97 %)" in out
+    for wrong, message in (
+        (["--image-size", "384", "640"], "--image-size is 384 640, expected a square for meter"),
+        (["--skip", "3", "12"], "--skip has 12, expected blocks 0 to 11"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["meter", *wrong])
+        assert message in capsys.readouterr().err
 
 
 def test_command_line_of_the_methods(capsys):
