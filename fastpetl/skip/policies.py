@@ -41,7 +41,8 @@ class Masks(Policy):
         if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
             got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, torch.Tensor) else type(mask).__name__
             raise ValueError(f"Masks: mask is {got}, expected a bool tensor of shape (batch, n_blocks)")
-        self.mask, self.capacity = mask, _capacity(capacity, "Masks")
+        # contiguous: compiled code is specialised on strides
+        self.mask, self.capacity = mask.contiguous(), _capacity(capacity, "Masks")
 
     def masks(self, x, n_blocks, training):
         return self.mask, None
