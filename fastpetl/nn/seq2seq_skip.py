@@ -37,9 +37,10 @@ class Skipping:
     """Mixin of a stack, before the original. Semantics: x = x where layer i is skipped, else layer_i(x).
 
     A per-sample policy is asked when a batch enters the encoder; the decoder's steps keep to what it said, each
-    sample's row standing for as many decoder rows in a row as there are (beams). A decoder without an encoder's forward
-    before it asks with the encoder states it is given. In a cache a skipped sample's rows are zeros nobody reads: the
-    length is everybody's. Attention maps and hidden states are those of the layers that ran (static plans only).
+    sample's row standing for as many decoder rows in a row as there are (beams; capacity counts samples). A decoder
+    without an encoder's forward before it asks with the encoder states it is given. In a cache a skipped sample's rows
+    are zeros nobody reads: the length is everybody's. Attention maps and hidden states are those of the layers that ran
+    (static plans only).
     """
 
     def forward(self, *args, **kwargs):
@@ -137,9 +138,8 @@ class _Turns:
 
     def _begin(self, x, args, kwargs) -> None:
         policy, past = self.setting.values, kwargs.get("past_key_values")
-        if past is not None and (policy.capacity is not None or policy.copies > 1):
-            what = "capacity" if policy.capacity is not None else "Candidates"
-            raise ValueError(f"skip: {what} with past_key_values, expected use_cache=False")
+        if past is not None and policy.copies > 1:
+            raise ValueError("skip: Candidates with past_key_values, expected use_cache=False")
         if self.decoder:
             source = args[2 if self.blocks_are_t5 else 1]
             asks = (
@@ -154,12 +154,10 @@ class _Turns:
                     f"skip: the decoder has a batch of {rows}, expected a multiple of the {mask.shape[0]} samples the "
                     "encoder had"
                 )
-            mask, scale = (
-                t if t is None else t[:, self.offset :].repeat_interleave(rows // mask.shape[0], 0)
-                for t in (mask, scale)
-            )
+            beams, capacity = rows // mask.shape[0], policy.capacity
+            mask, scale = (t if t is None else t[:, self.offset :].repeat_interleave(beams, 0) for t in (mask, scale))
             x = compaction.repeated(x, policy.copies)
-            self.stream = compaction.stream(x, mask, scale, policy.capacity)
+            self.stream = compaction.stream(x, mask, scale, capacity and capacity * beams)  # it counts samples
         else:
             mask, scale = self.setting.decide(x, self.training, args[0])
             mask, scale = (t if t is None else t[:, : len(self.turns)] for t in (mask, scale))

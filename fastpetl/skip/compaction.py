@@ -266,7 +266,8 @@ class StaticSamples:
 
     Semantics: as `Samples`. Without capacity every block runs on all samples and the mask chooses between the results:
     right, recompiled for no mask, but nothing is saved. With capacity each block runs on that many samples: those
-    that keep it, and only the first `capacity` of them in the order of the batch; the others get the shortcut.
+    that keep it, and only the first `capacity` of them in the order of the batch; the others get the shortcut. If fewer
+    keep it, its last rows are samples that skip it, and what comes of them goes nowhere.
     """
 
     def __init__(self, x, mask, scale, capacity: int | None, copies: int = 1):
@@ -286,7 +287,7 @@ class StaticSamples:
             return
         from fastpetl import ops
 
-        index = torch.argsort(skipped.long(), stable=True)[: self._capacity]
+        index = self.kept(i)
         count = (~skipped).sum().clamp(max=self._capacity)
         rows = ops.gather_rows(x, index, count)
         y = block(rows, lambda t: t if t is None or t.shape[0] == 1 else _mask_rows(self._all(t), index))
@@ -301,8 +302,11 @@ class StaticSamples:
     def before(self) -> torch.Tensor:
         return self._x
 
-    def kept(self, i: int) -> None:
-        """Semantics: None: blocks see all samples; with capacity nobody needs to know whom."""
+    def kept(self, i: int) -> torch.Tensor | None:
+        """Semantics: the samples whose rows block i is given, None if all are."""
+        if self._capacity is None:
+            return None
+        return torch.argsort(self._mask[:, i].long(), stable=True)[: self._capacity]
 
     def whole(self) -> torch.Tensor:
         return self._x
