@@ -159,7 +159,7 @@ def _places(model, family, weights: dict, config: AdapterConfig, task: str) -> l
     """(parameter, its value); ValueError for anything without a place, or a place without one."""
     mine = attached(model).config
     same = {"tasks": mine.tasks, "sharing": mine.sharing, "shared": mine.shared}
-    same |= {name: getattr(mine, name, None) for name in ("train_norms", "train_visual", "train_head")}
+    same |= {name: getattr(mine, name, None) for name in ("train_norms", "train_visual", "train_head", "prompts")}
     if type(mine) is not AdapterConfig or replace(config, **same) != mine:
         raise ValueError(f"import_adapterhub: model has {mine} attached, expected {config} for the files")
     if task not in tasks(model):

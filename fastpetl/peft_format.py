@@ -53,6 +53,8 @@ def export_peft(model: nn.Module, directory, *, task: str | None = None) -> Path
         got = type(model).__name__ if state is None else type(state.config).__name__
         raise ValueError(f"export_peft: model is {got}, expected one with fastpetl.attach(model, LoRAConfig(...))")
     config, known = state.config, tasks(model)
+    if config.prompts is not None:
+        raise ValueError("export_peft: prompts are attached beside the LoRA, expected none: a folder has one method")
     if task is None and (len(known) == 1 or config.sharing == "single"):
         task = known[0]
     if task not in known:

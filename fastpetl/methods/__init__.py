@@ -53,9 +53,10 @@ def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
         names = ", ".join(cls.__name__ for cls in CONFIGS)
         raise TypeError(f"attach: config is {type(config).__name__}, expected one of: {names}")
     family, host = registry.family_of(model, "attach")
-    if not hasattr(family, f"attach_{config.attaches}"):
-        takes = ", ".join(cls.__name__ for cls in CONFIGS if hasattr(family, f"attach_{cls.attaches}"))
-        raise ValueError(f"attach: config is {type(config).__name__}, expected for {family.name}: {takes}")
+    for part in config.parts:
+        if not hasattr(family, f"attach_{part.attaches}"):
+            takes = ", ".join(cls.__name__ for cls in CONFIGS if hasattr(family, f"attach_{cls.attaches}"))
+            raise ValueError(f"attach: config is {type(part).__name__}, expected for {family.name}: {takes}")
     if attached(model) is not None or family.is_attached(host):
         raise ValueError("attach: model has adapters attached already; fastpetl.detach(model) first")
     config = config.resolved(family, host)
@@ -67,7 +68,8 @@ def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
         _patch_again(model, names, backend)
         raise ValueError(f"attach: {reason}")
     try:
-        getattr(family, f"attach_{config.attaches}")(host, config)
+        for part in config.parts:
+            getattr(family, f"attach_{part.attaches}")(host, part)
         config.added(model, host, family)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(config.trainable(name))
@@ -121,7 +123,8 @@ def load_original(model: nn.Module, state_dict: dict, *, strict: bool = True) ->
 def _remove(model, family, host, config, flags) -> None:
     unpatch(model)
     config.removed(model, host)
-    getattr(family, f"detach_{config.attaches}")(host)
+    for part in reversed(config.parts):
+        getattr(family, f"detach_{part.attaches}")(host)
     model.__dict__.pop(_KEY, None)
     for name, parameter in model.named_parameters():
         if name in flags:

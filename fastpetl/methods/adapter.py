@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 from fastpetl.methods.das import ACTIVATIONS
+
+if TYPE_CHECKING:
+    from fastpetl.methods.prompt import PromptConfig
 
 SHARINGS = ("single", "half", "multiple")
 IMAGE_TASKS = ("vqa", "gqa", "nlvr", "caption")
@@ -31,6 +35,8 @@ class AdapterConfig:
     and, by flags, the visual embedding and the backbone's norms; train_norms None is what the paper's numbers come
     from: True for BART, False for T5 (whose norms the original code meant to train and left frozen).
     train_head: a task head on the backbone (classifier, answers, ranks) trains too; METER's towers never do.
+    prompts: a PromptConfig (or its fields), whose prompts stand in front of the text besides: of it `sharing`, `length`
+    and `middle` have a meaning, the tasks are these. Every method but the baselines takes them.
     """
 
     tasks: tuple[str, ...] = IMAGE_TASKS
@@ -45,6 +51,7 @@ class AdapterConfig:
     train_norms: bool | None = None
     train_visual: bool = True
     train_head: bool = True
+    prompts: PromptConfig | None = None
 
     method = "adapter"
     attaches = "adapter"  # how a family puts it on: attach_adapter
@@ -71,6 +78,28 @@ class AdapterConfig:
             value = getattr(self, name)
             if not isinstance(value, bool) and not (name == "train_norms" and value is None):
                 raise ValueError(f"AdapterConfig: {name} is {value!r}, expected True or False")
+        if self.prompts is not None:
+            object.__setattr__(self, "prompts", self._own_prompts())
+
+    def _own_prompts(self) -> PromptConfig:
+        """`prompts` of this configuration's tasks."""
+        from fastpetl.methods.prompt import PromptConfig
+
+        given = PromptConfig(**self.prompts) if isinstance(self.prompts, dict) else self.prompts
+        if not isinstance(given, PromptConfig):
+            raise ValueError(f"{type(self).__name__}: prompts is {given!r}, expected a PromptConfig or None")
+        own = PromptConfig(tasks=self.tasks, sharing=given.sharing, length=given.length, middle=given.middle)
+        if replace(given, tasks=self.tasks) != own:  # what trains is said in one place
+            raise ValueError(
+                f"{type(self).__name__}: prompts is {given}, expected only tasks, sharing, length and middle in it; "
+                "the rest is said beside it"
+            )
+        return own
+
+    @property
+    def parts(self) -> tuple[AdapterConfig, ...]:
+        """Semantics: the configurations to attach, one after the other: this one and its prompts'."""
+        return (self,) if self.prompts is None else (self, self.prompts)
 
     def resolved(self, family, host) -> AdapterConfig:
         """Semantics: this configuration with every size a number and every default named, for the model found."""
@@ -110,6 +139,6 @@ class AdapterConfig:
             return self.train_head
         if "visual_embedding" in parts:
             return self.train_visual and "obj_order_embedding" not in parts
-        if any(part.endswith("_adapter") for part in parts):
+        if "prompt_modules" in parts or any(part.endswith("_adapter") for part in parts):
             return True
         return bool(self.train_norms) and is_norm(parts)

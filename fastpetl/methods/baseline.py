@@ -24,6 +24,8 @@ class BaselineConfig(AdapterConfig):
         super().__post_init__()
         if self.train not in TRAINS:
             raise ValueError(f"BaselineConfig: train is {self.train!r}, expected one of {', '.join(TRAINS)}")
+        if self.prompts is not None:
+            raise ValueError("BaselineConfig: prompts is given, expected None: a baseline adds nothing")
 
     def resolved(self, family, host):
         return self

@@ -76,6 +76,11 @@ class DASConfig:
             raise ValueError(f"DASConfig: classifier_token is True, expected None or False for {family.name}")
         return family.classifier_token if self.classifier_token is None else self.classifier_token
 
+    @property
+    def parts(self) -> tuple[DASConfig]:
+        """Semantics: the configurations to attach: this one."""
+        return (self,)
+
     def added(self, model, host, family) -> None:
         """Semantics: what is added beside what the family attaches: nothing."""
 

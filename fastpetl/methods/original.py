@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from fastpetl.methods.adapter import AdapterConfig
@@ -12,16 +14,21 @@ from fastpetl.methods.prompt import PromptConfig
 
 
 def config_of(state: dict[str, torch.Tensor]) -> AdapterConfig | None:
-    """Semantics: the configuration of the method in a state_dict with the original's names; None without any. Sharing
-    is read off the values: what is equal for all tasks counts as shared.
+    """Semantics: the configuration of the method in a state_dict with the original's names, prompts beside others
+    included; None without any. Sharing is read off the values: what is equal for all tasks counts as shared.
     """
+    method, prompts = _method_of(state), None
+    if any(".prompt_modules." in name for name in state):
+        prompts = PromptConfig(**PromptConfig.fields_of(state))
+    return prompts if method is None else replace(method, prompts=prompts)
+
+
+def _method_of(state) -> AdapterConfig | None:
     if any(".lora_As." in name for name in state):
         return LoRAConfig(**LoRAConfig.fields_of(state))
     cross = any("enc_attn_adapter" in name or "cross_attention" in name for name in state)
     if any("adapter_layers_hyper_net" in name for name in state):
         return HyperformerConfig(**HyperformerConfig.fields_of(state), cross_attention=cross)
-    if any(".prompt_modules." in name for name in state):
-        return PromptConfig(**PromptConfig.fields_of(state))
     found = [n.split(".adapters.") for n in state if ".adapters." in n and n.endswith("down_sampler.b")]
     found = found or [n.split(".adapters.") for n in state if ".adapters." in n and n.endswith("down_sampler.bias")]
     if not found:

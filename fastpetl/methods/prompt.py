@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -31,14 +31,11 @@ class PromptConfig(AdapterConfig):
                 raise ValueError(f"PromptConfig: {name} is {value!r}, expected an integer >= 1")
         if self.sharing == "half":
             raise ValueError("PromptConfig: sharing is 'half', expected 'single' or 'multiple'")
+        if self.prompts is not None:
+            raise ValueError("PromptConfig: prompts is given, expected None: this is the prompts' configuration")
 
     def resolved(self, family, host):
-        from dataclasses import replace
-
         return replace(self, train_norms=bool(self.train_norms))
-
-    def trainable(self, name: str) -> bool:
-        return "prompt_modules" in name.split(".") or super().trainable(name)
 
     def controller(self, hidden: int, std, **made):
         """Semantics: the module that gives the encoder its prompts."""

@@ -43,8 +43,9 @@ def add_task(model: nn.Module, name: str, *, like: str | None = None) -> nn.Modu
     for owner in _owners(host):
         for holder in _holders(owner):
             first = next(iter(holder.values()))
-            shared = config.sharing == "single" and holder is not owner._modules.get("task_to_embeddings")
-            made = first if shared else _made(owner, holder, first, new, family, host, model)
+            part = _part(new, owner, holder)
+            shared = part.sharing == "single" and holder is not owner._modules.get("task_to_embeddings")
+            made = first if shared else _made(owner, holder, first, part, family, host, model)
             holder[name] = made
             if like is not None and made is not first:
                 _copy(made, holder[like])
@@ -115,6 +116,12 @@ def _owners(host) -> list[nn.Module]:
 def _holders(module) -> list:
     found = [module._modules.get(name) for name in _HOLDERS]
     return [holder for holder in found if isinstance(holder, nn.ModuleDict | nn.ParameterDict)]
+
+
+def _part(config, owner, holder):
+    """The configuration that says what `holder` holds: prompts may stand beside another method's modules."""
+    prompts = holder is owner._modules.get("prompts")
+    return config.prompts if prompts and config.prompts is not None else config
 
 
 def _made(owner, holder, first, config, family, host, model):

@@ -23,6 +23,12 @@ CONFIGS = {
     "lora": fastpetl.LoRAConfig(tasks=TASKS, rank=3, sharing="multiple", dropout=0.0),
     "lora single": fastpetl.LoRAConfig(tasks=TASKS, rank=3, dropout=0.0),
     "prompt": fastpetl.PromptConfig(tasks=TASKS, length=3, middle=10, sharing="multiple"),
+    "single, prompts": fastpetl.AdapterConfig(
+        tasks=TASKS, bottleneck=4, prompts=fastpetl.PromptConfig(length=3, middle=10, sharing="multiple")
+    ),
+    "multiple, prompts single": fastpetl.AdapterConfig(
+        tasks=TASKS, bottleneck=4, sharing="multiple", prompts=fastpetl.PromptConfig(length=3, middle=10)
+    ),
 }
 SHARED = ("single", "lora single")
 CASES = [(kind, name) for kind in ("vlbart", "vlt5") for name in CONFIGS]
