@@ -14,7 +14,8 @@ from fastpetl.methods.adapter import FROZEN, HEADS, AdapterConfig
 class LoRAConfig(AdapterConfig):
     """Semantics: query and value projections q of all attentions become q(x) + alpha / rank * B_t A_t drop(x).
 
-    The defaults are VL-Adapter's: rank 128, alpha 32, dropout 0.1, and all biases of the model trained (train_biases).
+    The defaults are VL-Adapter's: rank 128, alpha 32, dropout 0.1, and all biases of the model trained (train_biases),
+    of what its own flag freezes none.
     sharing "single" or "multiple". Of AdapterConfig's other fields tasks, train_norms (None: False), train_visual
     and train_head have a meaning here.
     """
@@ -49,7 +50,7 @@ class LoRAConfig(AdapterConfig):
         parts = name.split(".")
         if {"lora_As", "lora_Bs"} & set(parts):
             return True
-        if (HEADS | FROZEN) & set(parts):
+        if (HEADS | FROZEN | {"visual_embedding"}) & set(parts):
             return super().trainable(name)
         return (self.train_biases and "bias" in name and parts[-1] != "final_logits_bias") or super().trainable(name)
 
