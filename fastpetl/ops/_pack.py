@@ -12,7 +12,8 @@ class PackCache:
 
     Owned by the module whose weights it packs; not part of a state_dict, empty again after copy, deepcopy and pickle. A
     weight counts as changed when its storage, shape, dtype or version counter does, or a sample of its values: writes
-    through `.data` (EMA swaps) leave the version counter as it is. Holds one pack: another kind takes its place.
+    through `.data` (EMA swaps) leave the version counter as it is. Holds one pack: another kind takes its place. Keeps
+    its weights' storage alive, so a new tensor (LoRA merged anew) never takes an old one's address.
     """
 
     def __init__(self):
@@ -26,7 +27,7 @@ class PackCache:
         sample = torch.cat([_sample(w) for w in weights])
         if self._held is None or self._held[0] != key or not torch.equal(self._held[1], sample):
             self._held = None  # free the old one first
-            self._held = (key, sample, make())
+            self._held = (key, sample, make(), [w.detach() for w in weights])
         return self._held[2]
 
     def clear(self) -> None:

@@ -240,6 +240,19 @@ def test_pack_cache_follows_the_weights():
     assert len(made) == 6 and len(cache) == 0
 
 
+@pytest.mark.parametrize("n", [16, 64, 128, 300])
+def test_a_new_tensor_never_takes_an_old_ones_pack(n):
+    """As LoRA's merged weights: made anew, perhaps where the old one stood, one value changed that is not looked at."""
+    w, cache = torch.randn(n, n), PackCache()
+    for _ in range(4):
+        cache.get("kind", [w], w.clone)
+        changed = w.clone()
+        changed[0, 1] += 1
+        del w
+        w = changed.clone()
+        assert torch.equal(cache.get("kind", [w], w.clone), w)
+
+
 @pytest.mark.parametrize("label", LINEAR_BACKENDS)
 def test_training_keeps_no_pack(label):
     x, weights, biases, _ = arguments(64, 256, (96, 32), None, True)
