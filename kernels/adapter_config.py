@@ -93,7 +93,8 @@ HALF_BACKWARD = (
     (16, 16, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
     (32, 32, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
     (64, 64, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
-    (128, 128, 0, ((1500, 16, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
+    (96, 64, 32, ((1500, 16, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
+    (128, 128, 0, ((1500, 16, 64, 64, 4, 3, False), (None, 64, 64, 64, 8, 3, False))),
     (192, 128, 64, ((3000, 16, 64, 64, 4, 2, False), (8000, 32, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, False))),
     (256, 256, 0, ((3000, 16, 64, 64, 4, 2, False), (None, 32, 64, 64, 8, 2, False))),
 )
@@ -105,7 +106,7 @@ HALF_SITE_BACKWARD = (
     *HALF_BACKWARD[:3],
     (96, 64, 32, ((1500, 16, 64, 64, 4, 3, False), (None, 64, 64, 64, 8, 2, False))),
     (128, 128, 0, ((1500, 16, 64, 64, 4, 3, False), (None, 64, 64, 64, 8, 2, False))),
-    *HALF_BACKWARD[4:],
+    *HALF_BACKWARD[5:],
 )
 
 # fp32 runs on the FMA units (true fp32, no tf32): small tiles, because both operands of a dot sit in registers.
