@@ -218,7 +218,8 @@ def serving(op: str, backend: str, device: str, dtype: torch.dtype, head_dim: in
     """Semantics: the backends to choose from by measurement: `candidates` on "auto", else only the one asked for."""
     forced = _environment("FASTPETL_BACKEND") or "auto"
     if backend == "auto" and (forced == "auto" or forced in _NAMES and forced not in BACKENDS[op]):
-        return candidates(op, device, dtype, head_dim)
+        by_size = device == "cuda" and _tuned.has(op, dtype)
+        return (BY_SIZE,) if by_size else candidates(op, device, dtype, head_dim)
     return (resolve_for(op, backend, device, dtype, head_dim).name,)
 
 

@@ -208,6 +208,7 @@ def test_a_table_of_measurements_chooses_by_size(table, monkeypatch):
     monkeypatch.setattr(backends, "candidates", lambda *a: ("composed",))
     choice = backends.resolve_for("site", "auto", "cuda", torch.float32)
     assert choice.name == backends.BY_SIZE and "measured" in choice.reason
+    assert backends.serving("site", "auto", "cuda", torch.float32) == (backends.BY_SIZE,)
 
     def found(rows, width, dtype=torch.float32):
         return backends.of_size("site", backends.BY_SIZE, torch.empty(rows, 8, dtype=dtype), width)
