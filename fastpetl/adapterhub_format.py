@@ -23,6 +23,8 @@ from fastpetl.patching import registry
 
 __all__ = ["import_adapterhub"]
 
+# From where on names are compared; of CLIP's two sides, which.
+_STACK = r"(?:(?:text|vision)_model\.)?(?:encoder|decoder)"
 CONFIG, WEIGHTS, PICKLED = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 _ACTIVATIONS = {
     **{"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"},
@@ -53,7 +55,7 @@ _PLAIN = {
 
 def import_adapterhub(model: nn.Module, directory, *, task: str = "default", patch: bool = True) -> nn.Module:
     """Semantics: the bottleneck adapter that AdapterHub's `adapters` saved in `directory` as the task `task`; in place;
-    returns `model`, a BART, T5, BERT or RoBERTa.
+    returns `model`, a BART, T5, BERT, RoBERTa or CLIP (both sides with one bottleneck, or one side alone).
 
     What maps is Houlsby's placement (`double_seq_bn`; mh_adapter and output_adapter, original_ln_before=False): f +
     U(act(D(f))) on each sublayer's output, with or without cross_adapter, ln_before, ln_after, and any scaling, which
@@ -75,7 +77,8 @@ def import_adapterhub(model: nn.Module, directory, *, task: str = "default", pat
         known = ", ".join(f.name for f in registry.families() if hasattr(f, "adapterhub"))
         raise ValueError(f"import_adapterhub: model is {family.name}, expected one of: {known}")
     settings = _checked(content)
-    weights = _weights(directory, content.get("name"))
+    side = getattr(family, "adapterhub_side", {}).get(type(host).__name__, "")
+    weights = {n.removeprefix(side): w for n, w in _weights(directory, content.get("name")).items()}
     scaling = settings.get("scaling", 1.0)
     if not isinstance(scaling, str):  # a learned one is among the weights
         weights = {n: w * scaling if ".adapter_up." in n else w for n, w in weights.items()}
@@ -95,7 +98,7 @@ def import_adapterhub(model: nn.Module, directory, *, task: str = "default", pat
     if state is None:
         attach(model, config, patch=patch)
     try:
-        found = _places(model, family, weights, config, task)
+        found = _places(model, family, side, weights, config, task)
     except BaseException:
         if state is None:
             detach(model)
@@ -145,7 +148,7 @@ def _weights(directory: Path, name: str | None) -> dict:
         )
     found, names = {}, set()
     for key, value in files.items():
-        match = re.fullmatch(r"(?:.*?\.)?((?:encoder|decoder)\..*adapters)\.([^.]+)\.((?:adapter_|scaling).*)", key)
+        match = re.fullmatch(rf"(?:.*?\.)?({_STACK}\..*adapters)\.([^.]+)\.((?:adapter_|scaling).*)", key)
         if match is None:
             raise ValueError(f"import_adapterhub: the files have {key}, for which an AdapterConfig has no place")
         names.add(match[2])
@@ -155,7 +158,7 @@ def _weights(directory: Path, name: str | None) -> dict:
     return found
 
 
-def _places(model, family, weights: dict, config: AdapterConfig, task: str) -> list:
+def _places(model, family, side: str, weights: dict, config: AdapterConfig, task: str) -> list:
     """(parameter, its value); ValueError for anything without a place, or a place without one."""
     mine = attached(model).config
     same = {"tasks": mine.tasks, "sharing": mine.sharing, "shared": mine.shared}
@@ -168,7 +171,7 @@ def _places(model, family, weights: dict, config: AdapterConfig, task: str) -> l
     for name, site in model.named_modules():
         if not isinstance(site, CONTROLLERS):
             continue
-        place = re.search(r"(?:^|\.)((?:encoder|decoder)\..*)", name)[1]
+        place = re.search(rf"(?:^|\.)({_STACK}\..*)", name)[1].removeprefix(side)
         for ours, theirs in family.adapterhub:
             place = re.sub(ours, theirs, place)
         for leaf, p in _leaves(site, task):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from fastpetl.methods import LoRAConfig, attach, attached, detach
+from fastpetl.methods.adapter import HEADS
 from fastpetl.methods.task_set import task_of
 from fastpetl.methods.tasks import tasks
 from fastpetl.nn.lora import LoRALinear
@@ -62,7 +63,7 @@ def export_peft(model: nn.Module, directory, *, task: str | None = None) -> Path
     weights, targets, whole = {}, set(), set()
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            targets.add(name.split(".")[-1])
+            targets.add(name)
             weights[f"{name}.lora_A.weight"] = module.lora_As[task]
             weights[f"{name}.lora_B.weight"] = module.lora_Bs[task]
     for name, p in model.named_parameters():
@@ -81,9 +82,9 @@ def export_peft(model: nn.Module, directory, *, task: str | None = None) -> Path
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
-        "target_modules": sorted(targets),
+        "target_modules": _named(model, targets),
         "bias": "all" if config.train_biases else "none",
-        "modules_to_save": sorted(whole) or None,
+        "modules_to_save": _named(model, whole) or None,
         "inference_mode": True,
         **_PLAIN,
     }
@@ -95,8 +96,20 @@ def _whole(name: str, config) -> str | None:
     """The module PEFT must save whole for this trained parameter; None where `bias` covers it."""
     parts = name.split(".")
     if "visual_embedding" in parts and config.train_visual:  # part by part: whole it has the words in it
-        return parts[parts.index("visual_embedding") + 1]
-    return None if config.train_biases and parts[-1] == "bias" else parts[-2]
+        return ".".join(parts[: parts.index("visual_embedding") + 2])
+    head = next((i for i, part in enumerate(parts) if part in HEADS), None)
+    if head is not None:
+        return ".".join(parts[: head + 1])
+    return None if config.train_biases and parts[-1] == "bias" else ".".join(parts[:-1])
+
+
+def _named(model, modules: set[str]) -> list[str]:
+    """The modules by their last name where nobody else has it (METER's towers have queries, too), else by their full
+    one: PEFT compares the ends of names.
+    """
+    every = [name for name, _ in model.named_modules()]
+    short = {last: {name for name in every if name.endswith(last)} for last in {m.split(".")[-1] for m in modules}}
+    return sorted({last if short[last] <= modules else m for m in modules for last in (m.split(".")[-1],)})
 
 
 def _in_peft(model, name: str) -> str:
@@ -147,7 +160,7 @@ def import_peft(model: nn.Module, directory, *, task: str = "default", patch: bo
 def _named_as_here(weights: dict) -> dict:
     """Without PEFT's wrappers: what a module was before it was saved whole is left out."""
     found = {name.removeprefix(_PREFIX): w for name, w in weights.items() if ".original_module." not in name}
-    return {re.sub(r"\.modules_to_save\.[^.]+\.", ".", name): w for name, w in found.items()}
+    return {re.sub(r"\.modules_to_save\.(?:[^.]+\.)?", ".", name): w for name, w in found.items()}
 
 
 def _refuse(content: dict) -> None:

@@ -55,6 +55,12 @@ class ClipFamily(LayerFamily):
     layer_classes = (f"{_HF}:CLIPEncoderLayer",)
     outputs = {"self_attn.out_proj": False, "mlp.fc2": False}
     queries_and_values = ("q_proj", "v_proj")
+    adapterhub = (  # where its adapters stand: (here, there)
+        (r"\.self_attn\.out_proj\.output_adapter$", ".attention_adapters.adapters"),
+        (r"\.mlp\.fc2\.output_adapter$", ".output_adapters.adapters"),
+    )
+    # One side alone is named so there, and in transformers before 5.
+    adapterhub_side = {"CLIPTextModel": "text_model.", "CLIPVisionModel": "vision_model."}
 
 
 FAMILY = ClipFamily()

@@ -11,6 +11,7 @@ from torch import nn
 
 import fastpetl
 import hf_tiny
+import vilt_tiny
 from vilt_tiny import everything, one_thread, randomize, relative  # noqa: F401
 from vl_tiny import SIZES
 
@@ -34,14 +35,27 @@ def build(kind):
         cls, config = {
             "bert": (hf.BertForSequenceClassification, hf.BertConfig),
             "roberta": (hf.RobertaModel, hf.RobertaConfig),
+            "clip": (hf.CLIPModel, clip_config),
+            "clip text": (hf.CLIPTextModel, hf.CLIPTextConfig),
+            "clip vision": (hf.CLIPVisionModel, hf.CLIPVisionConfig),
         }[kind]
-        model = cls(config(**hf_tiny.TEXT))
+        sizes = {**hf_tiny.SIZES, "image_size": 32, "patch_size": 8} if kind == "clip vision" else hf_tiny.TEXT
+        model = cls(config(**sizes))
     randomize(model.eval())
     return model
 
 
+def clip_config(**text):
+    vision = {**hf_tiny.SIZES, "image_size": 32, "patch_size": 8}
+    return hf.CLIPConfig(text_config={**text, "eos_token_id": 59}, vision_config=vision, projection_dim=16)
+
+
 def run(model):
     given = hf_tiny.ids()
+    if isinstance(model, hf.CLIPModel):
+        return model(**given, pixel_values=hf_tiny.pixels()).logits_per_text
+    if isinstance(model, hf.CLIPVisionModel):
+        return model(hf_tiny.pixels()).last_hidden_state
     if hasattr(model, "lm_head"):
         return model(**given, decoder_input_ids=given["input_ids"][:, :4], use_cache=False).logits
     out = model(**given)
@@ -61,7 +75,8 @@ def places(kind, model, cross):
         elif name.endswith((".self_attn", ".fc2")) or (cross and name.endswith(".encoder_attn")):
             layer, _, last = name.rpartition(".")
             at = {"self_attn": "attention", "fc2": "output", "encoder_attn": "cross_attention"}[last]
-            found[f"{layer}.{at}_adapters.adapters"] = module
+            prefix = {"clip text": "text_model.", "clip vision": "vision_model."}.get(kind, "")
+            found[f"{prefix}{layer}.{at}_adapters.adapters"] = module
     return found
 
 
@@ -121,7 +136,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("kind", ["bart", "t5", "bert", "roberta"])
+@pytest.mark.parametrize("kind", ["bart", "t5", "bert", "roberta", "clip", "clip text", "clip vision"])
 def test_what_it_computes(kind, change, tmp_path):
     cross = kind in ("bart", "t5") and change != "plain"
     want = saved(kind, tmp_path, safe=change != "plain", cross_adapter=cross, **CHANGES[change])
@@ -193,10 +208,17 @@ def test_a_new_norm_over_the_residual_is_refused(tmp_path):
 
 def test_files_that_do_not_fit(tmp_path):
     saved("bert", tmp_path)
-    model, clip = build("bert"), hf_tiny.build("clip_text")
+    model = build("bert")
     before = everything(model)
-    with pytest.raises(ValueError, match="import_adapterhub: model is CLIP .*expected one of: BART"):
-        fastpetl.import_adapterhub(clip, tmp_path)
+    for other in (vilt_tiny.tiny_vilt(), hf_tiny.build("meter")):  # which the `adapters` library does not know either
+        with pytest.raises(ValueError, match="import_adapterhub: model is (ViLT|METER).*, expected one of: BART"):
+            fastpetl.import_adapterhub(other, tmp_path)
+    with pytest.raises(ValueError, match="import_adapterhub: the files have no encoder.layers.0.attention_adapters"):
+        fastpetl.import_adapterhub(build("clip text"), tmp_path)
+    saved("clip vision", tmp_path / "vision")
+    for other in ("clip", "clip text"):  # of the same sizes, but another side, or both
+        with pytest.raises(ValueError, match="import_adapterhub: the files have no .*encoder.layers.0"):
+            fastpetl.import_adapterhub(build(other), tmp_path / "vision")
     with pytest.raises(ValueError, match="the files have no encoder.layers.0.attention_adapters.adapters.adapter_down"):
         fastpetl.import_adapterhub(build("bart"), tmp_path)
     deeper = hf.BertModel(hf.BertConfig(**{**hf_tiny.TEXT, "num_hidden_layers": 1}))

@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 
 import fastpetl
+import hf_tiny
+import vilt_tiny
 from vilt_tiny import everything, one_thread, relative  # noqa: F401
 from vl_tiny import TASKS, inputs, randomize, tiny
 
@@ -77,6 +80,74 @@ def test_we_read_what_peft_saves(kind, bias, tmp_path):
         assert relative(logits(several), logits(theirs)) <= 1e-5
 
 
+OTHERS = {
+    "bert": ["query", "value"],
+    "bert with a head": ["query", "value"],
+    "roberta": ["query", "value"],
+    "clip_text": ["q_proj", "v_proj"],
+    "clip_vision": ["q_proj", "v_proj"],
+    "vilt": ["query", "value"],
+    "meter": r"meter\.cross_modal.*\.(query|value)",  # not its towers'
+}
+
+
+def other(kind):
+    if kind != "bert with a head":
+        return vilt_tiny.tiny_vilt() if kind == "vilt" else hf_tiny.build(kind)
+    torch.manual_seed(7)
+    model = hf.BertForSequenceClassification(hf.BertConfig(**hf_tiny.TEXT, num_labels=5)).eval()
+    randomize(model)
+    return model
+
+
+def computed(model, kind):
+    given = vilt_tiny.inputs() if kind == "vilt" else hf_tiny.FAMILIES[kind.split()[0]][1](True)
+    torch.manual_seed(1)  # ViLT shuffles its patches
+    with torch.no_grad():
+        out = model.eval()(**given)
+    return out.logits if hasattr(out, "logits") else out.last_hidden_state
+
+
+def moved(model):
+    """What trains differs from the backbone's."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator), alpha=0.2)
+    return model
+
+
+EXPORTED = ({}, {"train_biases": False}, {"train_norms": True}, {"train_biases": False, "train_norms": True})
+
+
+@pytest.mark.parametrize("options", EXPORTED, ids=["biases", "lora", "biases, norms", "norms"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_peft_reads_what_we_export_of_other_backbones(kind, options, tmp_path):
+    config = fastpetl.LoRAConfig(tasks=TASKS, rank=3, alpha=6.0, sharing="multiple", dropout=0.0, **options)
+    model = moved(fastpetl.attach(other(kind), config))
+    fastpetl.task(model, "gqa")
+    fastpetl.export_peft(model, tmp_path, task="gqa")
+    theirs = peft.PeftModel.from_pretrained(other(kind), tmp_path)
+    want = computed(model, kind)
+    assert relative(computed(theirs, kind), want) <= 1e-5 and relative(computed(other(kind), kind), want) > 1e-2
+    lora = [n for n, _ in theirs.named_modules() if n.endswith("lora_A")]
+    assert len(lora) == sum(n.endswith("lora_As") for n, _ in model.named_modules())
+    assert torch.equal(computed(fastpetl.import_peft(other(kind), tmp_path, task="gqa"), kind), want)
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("kind", OTHERS)
+def test_we_read_what_peft_saves_of_other_backbones(kind, bias, tmp_path):
+    whole = ["classifier"] if kind in ("bert with a head", "vilt", "meter") else None
+    options = {"r": 3, "lora_alpha": 6, "target_modules": OTHERS[kind], "bias": bias, "modules_to_save": whole}
+    theirs = peft.get_peft_model(other(kind), peft.LoraConfig(**options, init_lora_weights=False))
+    moved(theirs).save_pretrained(tmp_path)
+    model, want = fastpetl.import_peft(other(kind), tmp_path), computed(theirs, kind)
+    assert relative(computed(model, kind), want) <= 1e-5 and relative(computed(other(kind), kind), want) > 1e-2
+    assert fastpetl.report(model).patched
+
+
 def test_errors(tmp_path):
     model = ours("vlbart")
     for call, message in (
@@ -125,6 +196,6 @@ def test_errors(tmp_path):
         with pytest.raises(ValueError, match=message):
             fastpetl.import_peft(bare, tmp_path)
         assert everything(bare) == before
-    other = fastpetl.attach(backbone("vlbart"), fastpetl.LoRAConfig(tasks=TASKS, rank=5))
+    wrong = fastpetl.attach(backbone("vlbart"), fastpetl.LoRAConfig(tasks=TASKS, rank=5))
     with pytest.raises(ValueError, match="import_peft: model has LoRAConfig.*attached, expected LoRAConfig with"):
-        fastpetl.import_peft(other, tmp_path, task="vqa")
+        fastpetl.import_peft(wrong, tmp_path, task="vqa")

@@ -16,7 +16,14 @@ from vl_tiny import TASKS, inputs, randomize, tiny
 CONFIGS = {
     "single": fastpetl.AdapterConfig(tasks=TASKS, bottleneck=4),
     "half": fastpetl.AdapterConfig(tasks=TASKS, bottleneck=4, sharing="half", norm_before=True),
+    "half, down": fastpetl.AdapterConfig(tasks=TASKS, bottleneck=4, sharing="half", shared="down"),
     "multiple": fastpetl.AdapterConfig(tasks=TASKS, bottleneck=4, sharing="multiple"),
+    "compacter single": fastpetl.CompacterConfig(tasks=TASKS, bottleneck=4, rank=1),
+    "compacter half": fastpetl.CompacterConfig(tasks=TASKS, bottleneck=4, sharing="half"),
+    "lowrank single": fastpetl.LowRankConfig(tasks=TASKS, bottleneck=6, rank=2),
+    "lowrank half": fastpetl.LowRankConfig(tasks=TASKS, bottleneck=6, rank=2, sharing="half"),
+    "hyperformer unified": fastpetl.HyperformerConfig(tasks=TASKS, bottleneck=6, unified=True),
+    "prompt single": fastpetl.PromptConfig(tasks=TASKS, length=3, middle=10),
     "compacter": fastpetl.CompacterConfig(tasks=TASKS, bottleneck=4, sharing="multiple", shared_rule=True),
     "lowrank": fastpetl.LowRankConfig(tasks=TASKS, bottleneck=6, rank=2, sharing="multiple"),
     "hyperformer": fastpetl.HyperformerConfig(tasks=TASKS, bottleneck=6),
@@ -30,7 +37,7 @@ CONFIGS = {
         tasks=TASKS, bottleneck=4, sharing="multiple", prompts=fastpetl.PromptConfig(length=3, middle=10)
     ),
 }
-SHARED = ("single", "lora single")
+SHARED = ("single", "compacter single", "lowrank single", "lora single", "prompt single")
 CASES = [(kind, name) for kind in ("vlbart", "vlt5") for name in CONFIGS]
 
 
