@@ -35,78 +35,46 @@ class Config(NamedTuple):
 
 
 # (largest r, r1, r2, tiles), r beyond the last entry is split; a tile is (row limit, block_m, block_k, block_n,
-# num_warps, num_stages, fold). Folding costs a small launch of its own, which pays from 32768 rows on. r = 96 from 8000
-# rows on: the fastest of 30 to 45 tiles on an H200 (benchmarks/NOTES.md); the others follow.
+# num_warps, num_stages, fold). Folding costs a small launch of its own, which pays from 32768 rows on, in a site
+# sooner.
+# r = 96, and the backward of r = 192: the fastest of 22 to 45 tiles that do not spill, for 2048, 16384 and 65536 rows on an H200 and an
+# H100 (benchmarks/NOTES.md); the others follow.
+FEW = (4096, 16, 64, 64, 4, 3, False)
+_FORWARD = (FEW, (32768, 64, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, True))
 HALF_FORWARD = (
-    (
-        16,
-        16,
-        0,
-        (
-            (3000, 16, 64, 64, 4, 3, False),
-            (8000, 32, 64, 64, 4, 3, False),
-            (32768, 64, 64, 64, 4, 3, False),
-            (None, 64, 64, 64, 4, 3, True),
-        ),
-    ),
-    (
-        32,
-        32,
-        0,
-        (
-            (3000, 16, 64, 64, 4, 3, False),
-            (8000, 32, 64, 64, 4, 3, False),
-            (32768, 64, 64, 64, 4, 3, False),
-            (None, 64, 64, 64, 4, 3, True),
-        ),
-    ),
-    (
-        64,
-        64,
-        0,
-        (
-            (3000, 16, 64, 64, 4, 3, False),
-            (8000, 32, 64, 64, 4, 2, False),
-            (32768, 64, 64, 64, 4, 3, False),
-            (None, 64, 64, 64, 4, 3, True),
-        ),
-    ),
-    (
-        128,
-        128,
-        0,
-        (
-            (3000, 16, 64, 64, 4, 3, False),
-            (8000, 32, 64, 64, 4, 2, False),
-            (32768, 64, 64, 64, 4, 3, False),
-            (None, 64, 64, 64, 4, 3, True),
-        ),
-    ),
+    (16, 16, 0, _FORWARD),
+    (32, 32, 0, _FORWARD),
+    (64, 64, 0, _FORWARD),
+    (128, 128, 0, _FORWARD),
     (192, 128, 64, ((3000, 16, 64, 64, 4, 2, False), (8000, 32, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, True))),
     (256, 256, 0, ((3000, 16, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, True))),
 )
 HALF_SPLIT = ((3000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 8, 3, True))
 HALF_SPLIT_R = 128
 
-# 64 rows spill registers in the backward at r = 256; 256 + 32 would spill in both directions from 32 rows on.
+# 64 rows spill registers in the backward at r = 256; 256 + 32 would spill in both directions from 32 rows on. Up to r =
+# 96 the bottleneck is 64 + 32: as fast as 128, which spills.
+_BACKWARD = (FEW, (None, 64, 64, 64, 4, 3, False))
 HALF_BACKWARD = (
-    (16, 16, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
-    (32, 32, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
-    (64, 64, 0, ((3000, 16, 64, 64, 4, 3, False), (8000, 32, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
-    (96, 64, 32, ((1500, 16, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, False))),
-    (128, 128, 0, ((1500, 16, 64, 64, 4, 3, False), (None, 64, 64, 64, 8, 3, False))),
-    (192, 128, 64, ((3000, 16, 64, 64, 4, 2, False), (8000, 32, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, False))),
+    (16, 16, 0, _BACKWARD),
+    (32, 32, 0, _BACKWARD),
+    (64, 64, 0, _BACKWARD),
+    (96, 64, 32, _BACKWARD),
+    (128, 128, 0, (FEW, (None, 64, 64, 64, 8, 3, False))),
+    (192, 128, 64, ((3000, 16, 64, 64, 4, 2, False), (None, 64, 64, 64, 4, 2, False))),
     (256, 256, 0, ((3000, 16, 64, 64, 4, 2, False), (None, 32, 64, 64, 8, 2, False))),
 )
 
-# The site: speeds not measured. The norm behind it changes nothing forward. Backward it takes registers: from r = 96 on
-# 64 rows spill with 4 warps; with 8, 64 + 32 leaves room for two programs on an SM of sm_90.
-HALF_SITE_FORWARD = HALF_FORWARD
+HALF_SITE_FORWARD = (
+    *HALF_FORWARD[:3],
+    (96, 64, 32, (FEW, (None, 64, 64, 64, 4, 3, True))),
+    *HALF_FORWARD[3:],
+)
+# The norm behind it takes registers: with 4 warps 64 rows spill beyond r = 96.
 HALF_SITE_BACKWARD = (
-    *HALF_BACKWARD[:3],
-    (96, 64, 32, ((1500, 16, 64, 64, 4, 3, False), (None, 64, 64, 64, 8, 2, False))),
-    (128, 128, 0, ((1500, 16, 64, 64, 4, 3, False), (None, 64, 64, 64, 8, 2, False))),
-    *HALF_BACKWARD[5:],
+    *HALF_BACKWARD[:5],
+    (192, 128, 64, ((3000, 16, 64, 64, 4, 2, False), (None, 64, 64, 64, 8, 2, False))),
+    *HALF_BACKWARD[6:],
 )
 
 # fp32 runs on the FMA units (true fp32, no tf32): small tiles, because both operands of a dot sit in registers.
