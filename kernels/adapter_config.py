@@ -37,7 +37,8 @@ class Config(NamedTuple):
 # (largest r, r1, r2, tiles), r beyond the last entry is split; a tile is (row limit, block_m, block_k, block_n,
 # num_warps, num_stages, fold). Folding costs a small launch of its own, which pays from 32768 rows on, in a site
 # sooner.
-# r = 96, and the backward of r = 192: the fastest of 22 to 45 tiles that do not spill, for 2048, 16384 and 65536 rows on an H200 and an
+# r = 96, and the backward of r = 192: the fastest of 22 to 45 tiles that do not spill, for 2048, 16384 and 65536 rows,
+# on an H200 and an
 # H100 (benchmarks/NOTES.md); the others follow.
 FEW = (4096, 16, 64, 64, 4, 3, False)
 _FORWARD = (FEW, (32768, 64, 64, 64, 4, 3, False), (None, 64, 64, 64, 4, 3, True))
