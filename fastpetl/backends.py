@@ -40,6 +40,7 @@ BACKENDS = {
     "residual_norm": ("cpp", "triton", "torch", "reference"),
     "phm": ("cpp", "triton", "reference"),
     "rows": ("triton", "reference"),
+    "multi_adapter": ("triton", "composed", "reference"),
 }
 _AUTO = {
     ("adapter", "cpu"): ("cpp", "reference"),
@@ -51,6 +52,7 @@ _AUTO = {
     ("phm", "cpu"): ("cpp", "reference"),
     ("phm", "cuda"): ("triton", "reference"),
     ("rows", "cuda"): ("triton", "reference"),
+    ("multi_adapter", "cuda"): ("triton", "composed"),
 }
 _ELSEWHERE = {  # devices without kernels of ours
     "adapter": "reference",
@@ -59,6 +61,7 @@ _ELSEWHERE = {  # devices without kernels of ours
     "residual_norm": "torch",
     "phm": "reference",
     "rows": "reference",
+    "multi_adapter": "composed",  # of `adapter` calls, each with a backend of its own
 }
 _NAMES = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -140,6 +143,7 @@ _VERIFY = {
     "triton": _verify_triton,
     "onednn": _verify_onednn,
     "torch": _verify_torch,
+    "composed": _verify_torch,
     "reference": _verify_torch,
 }
 

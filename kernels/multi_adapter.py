@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 
 from . import adapter_config, launching
-from . import adapter as single
 from . import multi_adapter_kernels as K
 from .adapter import DB_DOWN, DB_UP, DNORM_BIAS, DNORM_WEIGHT, DW_DOWN, DW_UP, DX
 
@@ -22,22 +21,21 @@ PRODUCTS_TILE = {"half": (64, 64, 64, 4, 3), "float": (32, 32, 32, 4, 2)}
 # A task's rows are summed in slices of about this many, at most MOST_SLICES: of few tasks the (task, tile of d) alone
 # would not fill a GPU. Not measured.
 SLICE, MOST_SLICES = 2048, 8
-MOST_TASKS = 1024
+MOST_TASKS, MOST_COLUMNS = 1024, 1 << 22
 
 
-def verify(x, d: int, r: int, tasks: int, dtype: torch.dtype | None = None) -> tuple[bool, str]:
-    """Semantics: (True, "") if the kernels can serve x [..., d] with these sizes, else (False, why)."""
-    ok, why = single.verify(x, d, r, dtype)
-    if not ok:
-        return ok, why
-    kind = _KIND[x.dtype if dtype is None else dtype]
+def verify(dtype: torch.dtype, d: int, r: int, tasks: int) -> tuple[bool, str]:
+    """Semantics: (True, "") if the kernels can serve these sizes, else (False, why). The device is not looked at."""
+    kind = _KIND.get(dtype)
+    if kind is None:
+        return False, f"the Triton multi_adapter takes float32, bfloat16 or float16, got {dtype}"
     widest = min(adapter_config.TABLE[kind, way][0][-1][0] for way in ("forward", "backward"))
     if r > widest:
         return False, f"the Triton multi_adapter takes a bottleneck of at most {widest} in this dtype, got {r}"
+    if d > MOST_COLUMNS:
+        return False, f"the Triton multi_adapter takes a hidden width of at most {MOST_COLUMNS}, got {d}"
     if tasks > MOST_TASKS:
         return False, f"the Triton multi_adapter takes at most {MOST_TASKS} tasks, got {tasks}"
-    if x.numel() >= (1 << 31) * d:
-        return False, f"the Triton multi_adapter takes fewer than 2^31 rows, got {x.numel() // d}"
     return True, ""
 
 
