@@ -17,7 +17,7 @@ from .adapter import DB_DOWN, DB_UP, DNORM_BIAS, DNORM_WEIGHT, DW_DOWN, DW_UP, D
 
 _KIND = {torch.float32: "float", torch.bfloat16: "half", torch.float16: "half"}
 # columns of d and of the bottleneck, rows per step, warps, stages of the products over the rows of a task
-PRODUCTS_TILE = {"half": (64, 64, 64, 4, 3), "float": (32, 32, 32, 4, 2)}
+PRODUCTS_TILE = {"half": (64, 64, 64, 8, 3), "float": (32, 32, 32, 4, 2)}
 # A task's rows are summed in slices of about this many, at most MOST_SLICES: of few tasks the (task, tile of d) alone
 # would not fill a GPU. Not measured.
 SLICE, MOST_SLICES = 2048, 8
@@ -150,8 +150,9 @@ def _weight_gradients(sums, w_down, norm_weight, norm_bias, tasks, scale, needs,
 
 
 def _options(cfg, d, r):
+    warps = max(cfg.num_warps, 8 if cfg.block_m >= 64 else 0)  # 64-bit row numbers: 4 warps have no registers to spare
     return dict(D=d, R=r, R1=cfg.r1, R2=cfg.r2, BM=cfg.block_m, BK=cfg.block_k, BN=cfg.block_n, NS=cfg.num_stages,
-                num_warps=cfg.num_warps, num_stages=cfg.num_stages)  # fmt: skip
+                num_warps=warps, num_stages=cfg.num_stages)  # fmt: skip
 
 
 def _stride(t) -> int:

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="the Triton kernels need the triton package
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}  # bytes one block can have
 TENSOR_CORE = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTCHMMA")}
 PRODUCTS = ("forward_fused", "forward_down", "forward_up", "backward_fused", "backward_dz", "backward_dx")
+TASK_PRODUCTS = ("forward", "backward", "products")  # multi_adapter's kernels that multiply
 # ptxas gives up a few registers of its own accord where that fits one more block on an SM (128 instead of 130 registers
 # for two blocks of 256 threads, say). That few bytes do not mean a tile too large: those spilled 176 and up.
 SPILL_LIMIT = 64
@@ -23,6 +24,7 @@ SPILL_LIMIT = 64
 
 KERNELS = {
     "adapter": (*PRODUCTS, "fold_weights", "weight_grads"),
+    "multi_adapter": (*TASK_PRODUCTS, "task_weight_grads"),
     "residual_norm": ("forward", "backward", "sum_parts"),
     "phm": ("forward", "backward", "sum_parts"),
     "rows": ("gather", "invert", "merge", "sum_rows"),
@@ -45,7 +47,8 @@ def complaints(report):
             yield f"too much shared memory: {where}"
         if k["stack"] + k["local"] > SPILL_LIMIT:
             yield f"spills registers: {where}"
-        if k["dtype"] != "fp32" and k["kernel"] in PRODUCTS:
+        multiplies = TASK_PRODUCTS if k["op"] == "multi_adapter" else PRODUCTS
+        if k["dtype"] != "fp32" and k["kernel"] in multiplies:
             if not any(k["instructions"].get(name) for name in TENSOR_CORE[k["arch"]]):
                 yield f"no tensor-core instruction: {where} {k['instructions']}"
 
