@@ -16,8 +16,9 @@ from . import multi_adapter_kernels as K
 from .adapter import DB_DOWN, DB_UP, DNORM_BIAS, DNORM_WEIGHT, DW_DOWN, DW_UP, DX
 
 _KIND = {torch.float32: "float", torch.bfloat16: "half", torch.float16: "half"}
-# columns of d and of the bottleneck, rows per step, warps, stages of the products over the rows of a task
-PRODUCTS_TILE = {"half": (64, 64, 64, 8, 3), "float": (32, 32, 32, 4, 2)}
+# columns of d and of the bottleneck, rows per step, warps, stages of the products over the rows of a task; 64 rows a
+# step spill on sm_80. Compiled for each architecture by tests/kernels/test_aot.py; speeds have not been measured.
+PRODUCTS_TILE = {"half": (64, 64, 32, 4, 3), "float": (32, 32, 32, 4, 2)}
 # A task's rows are summed in slices of about this many, at most MOST_SLICES: of few tasks the (task, tile of d) alone
 # would not fill a GPU. Not measured.
 SLICE, MOST_SLICES = 2048, 8
@@ -175,6 +176,8 @@ def _check(function, x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, orde
         launching.check_tensor(function, f"{name}[0]", t[0], shape, x.dtype, x.device, "x and w_down")
     if rows == 0 or order.dim() != 1 or order.shape[0] == 0 or rows % order.shape[0]:
         raise ValueError(f"{function}: order has shape {tuple(order.shape)}, expected {rows} rows or samples of them")
+    if rows >= 1 << 31:
+        raise ValueError(f"{function}: x has {rows} rows, expected fewer than 2^31")
     launching.check_tensor(function, "order", order, order.shape, torch.int64, x.device)
     launching.check_tensor(function, "bounds", bounds, (tasks + 1,), torch.int32, x.device)
     return rows, d, r, tasks

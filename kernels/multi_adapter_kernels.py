@@ -119,9 +119,7 @@ def backward(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_ptr, q_p
         mean, rstd = load_statistics(st_ptr, 0, rm, mm, NORM)
         a1, a2 = grad_bottleneck(g_ptr, wu_ptr, rm, mm, 0, D, R, R1, R2, R1 <= R, BM, BK, NS)
         r1 = tl.arange(0, R1)
-        p1 = emit_bottleneck(
-            a1, z_ptr, q_ptr, None, part_ptr, rm, mm, r1, mean, rstd, scale, R, R1 <= R, R, ACT, False
-        )
+        p1 = emit_bottleneck(a1, z_ptr, q_ptr, None, part_ptr, rm, mm, r1, mean, rstd, scale, R, R1 <= R, R, ACT, False)
         p2 = p1
         if R2 > 0:
             r2 = R1 + tl.arange(0, R2)

@@ -100,7 +100,7 @@ def shared_mask(stacks, tasks: int) -> int:
 
 
 def _dense(t):
-    """Each task's tensor dense; the stride from task to task may be anything (0: expanded), nothing is copied for it."""
+    """Each task's tensor dense; the stride from task to task may be anything (0: expanded), which copies nothing."""
     if t is None or t.is_contiguous():
         return t
     expected = 1

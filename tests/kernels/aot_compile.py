@@ -143,7 +143,13 @@ def call_multi_adapter(direction, dtype, d, r, rows, norm=True, activation=3, ta
         multi_adapter.multi_adapter_backward(x, x, z, stats, w_down, w_up, gamma, beta, *rest)
 
 
-CALLS = {"adapter": call_adapter, "multi_adapter": call_multi_adapter, "residual_norm": call_residual_norm, "phm": call_phm, "rows": call_rows}
+CALLS = {
+    "adapter": call_adapter,
+    "multi_adapter": call_multi_adapter,
+    "residual_norm": call_residual_norm,
+    "phm": call_phm,
+    "rows": call_rows,
+}
 
 
 def compile_job(job) -> list[dict]:

@@ -6,7 +6,8 @@ The expectation loops over the tasks and picks their rows on the host: all that 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from no_host_sync import NoHostSynchronisation
 
 triton = pytest.importorskip("triton", reason="the Triton kernels need the triton package")
 
@@ -186,24 +187,6 @@ def test_other_tasks_rows_are_not_touched_by_an_infinity():
     y, _ = run(t, ids, torch.ones_like(t["x"]), None, True, 1, 1.0, 2)
     assert y[::2].isfinite().all() and y[1].isnan().all()
     assert all(g[0].isfinite().all() for g in got[1:])
-
-
-class NoHostSynchronisation(TorchDispatchMode):
-    """Refuses what waits for the device: reading a value, and results whose shape depends on values."""
-
-    REFUSED = ("_local_scalar_dense", "nonzero", "item", "bincount", "unique", "is_nonzero", "masked_select", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        self.seen.add(name)
-        assert not name.startswith(self.REFUSED), f"{name} waits for the device"
-        assert not (name == "_to_copy" and "device" in (kwargs or {})), "a copy to or from the host"
-        assert not (name == "index" and any(i is not None and i.dtype == torch.bool for i in args[1])), "boolean index"
-        return func(*args, **(kwargs or {}))
 
 
 def test_nothing_waits_for_the_device(monkeypatch):
