@@ -1,5 +1,6 @@
 """A mode in which torch calls that wait for the device raise: what a CUDA graph cannot capture, found without a GPU."""
 
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
