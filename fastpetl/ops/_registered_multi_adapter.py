@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import _multi_adapter as m
+from . import _multi_adapter_triton as m
 from ._common import grad_mask
 from ._library import autograd, not_twice, register
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..spec import activation_code
-from . import _multi_adapter
+from . import _multi_adapter_triton
 from ._common import autocast_dtype, cast, check_input, check_like, number
 from .adapter import _check as check_adapter
 from .adapter import adapter, adapter_reference
@@ -46,7 +46,7 @@ def multi_adapter(
     tasks = _checked("multi_adapter", tensors, task_ids, residuals)
     dtype = autocast_dtype(x)
     inner = tensors if dtype is None else tuple(cast(t, dtype) for t in tensors)
-    if tasks > 1 and _multi_adapter.choose(backend, inner[0], w_down.shape[1], tasks) == "triton":
+    if tasks > 1 and _multi_adapter_triton.choose(backend, inner[0], w_down.shape[1], tasks) == "triton":
         return _fused(x, inner, task_ids, tasks, options, residuals, dtype)
     within = "auto" if backend == "composed" else backend
     return _run(
@@ -125,7 +125,7 @@ def _fused(stream, tensors, task_ids, tasks, options, residuals, autocast):
     if len(inside) > 2:
         raise ValueError(f"multi_adapter: residuals has {len(inside)} tensors beside x, expected at most 2")
     tensors = (x, *stacks, *inside, *(None,) * (2 - len(inside)))
-    y = _multi_adapter.fused(tensors, task_ids, tasks, add_x, eps, code, scale)
+    y = _multi_adapter_triton.fused(tensors, task_ids, tasks, add_x, eps, code, scale)
     for r in late:
         y = y + r
     return y

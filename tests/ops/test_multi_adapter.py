@@ -7,7 +7,7 @@ import torch
 from torch.library import opcheck
 
 from fastpetl import backends, ops
-from fastpetl.ops import _multi_adapter
+from fastpetl.ops import _multi_adapter_triton
 from no_host_sync import NoHostSynchronisation
 from ops.op_cases import DEVICE, assert_two_times
 
@@ -127,7 +127,7 @@ def test_the_device_is_never_waited_for(monkeypatch):
     """On a GPU the range of the ids is asserted there; here the host's own check is left out to see the rest."""
     module = importlib.import_module("fastpetl.ops.multi_adapter")  # ops.multi_adapter is the function
     monkeypatch.setattr(module, "_check_range", lambda *a: None)
-    monkeypatch.setattr(_multi_adapter._kernels().launching, "launch", lambda *a, **k: None)
+    monkeypatch.setattr(_multi_adapter_triton._kernels().launching, "launch", lambda *a, **k: None)
     x, weights, ids, cotangent = draw(4, 5, 48), stacks(3, 48, 8, "down"), torch.tensor([0, 2, 1, 0]), draw(4, 5, 48)
     with NoHostSynchronisation() as mode:
         gradients(ops.multi_adapter, x, weights, ids, cotangent, backend="triton")
@@ -139,11 +139,11 @@ def test_which_backend():
     x, ids = draw(4, 48), torch.tensor([0, 1, 1, 0])
     with pytest.raises(RuntimeError, match="multi_adapter: backend is 'triton', which cannot serve .* at most"):
         call(ops.multi_adapter, x, wide, ids, backend="triton")
-    assert _multi_adapter.choose("cpp", x, 8, 2) == "composed"
-    assert _multi_adapter.choose("reference", x, 8, 2) == "reference"
-    assert _multi_adapter.choose("triton", x, 8, 2) == "triton"
-    assert _multi_adapter.choose("auto", x, 8, 2) == ("triton" if DEVICE == "cuda" else "composed")
-    assert _multi_adapter.choose("auto", x, 300, 2) == "composed"
+    assert _multi_adapter_triton.choose("cpp", x, 8, 2) == "composed"
+    assert _multi_adapter_triton.choose("reference", x, 8, 2) == "reference"
+    assert _multi_adapter_triton.choose("triton", x, 8, 2) == "triton"
+    assert _multi_adapter_triton.choose("auto", x, 8, 2) == ("triton" if DEVICE == "cuda" else "composed")
+    assert _multi_adapter_triton.choose("auto", x, 300, 2) == "composed"
     torch.testing.assert_close(
         call(ops.multi_adapter, x, wide, ids),
         call(ops.multi_adapter_reference, x, wide, ids),
@@ -156,7 +156,7 @@ def test_the_environment_decides(monkeypatch):
     x = draw(4, 48)
     for name, want in (("triton", "triton"), ("reference", "reference"), ("composed", "composed")):
         monkeypatch.setenv("FASTPETL_BACKEND", name)
-        assert _multi_adapter.choose("auto", x, 8, 2) == want
+        assert _multi_adapter_triton.choose("auto", x, 8, 2) == want
 
 
 def test_errors():
