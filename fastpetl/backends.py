@@ -47,6 +47,7 @@ BACKENDS = {
     "residual_norm": ("cpp", "triton", "torch", "reference"),
     "phm": ("cpp", "triton", "reference"),
     "rows": ("triton", "cuda", "reference"),
+    "multi_adapter": ("triton", "composed", "reference"),
 }
 _AUTO = {
     ("adapter", "cpu"): ("cpp", "reference"),
@@ -60,6 +61,7 @@ _AUTO = {
     ("phm", "cpu"): ("cpp", "reference"),
     ("phm", "cuda"): ("triton", "reference"),
     ("rows", "cuda"): ("triton", "reference"),
+    ("multi_adapter", "cuda"): ("triton", "composed"),
 }
 _ELSEWHERE = {  # devices without kernels of ours
     "adapter": "reference",
@@ -69,6 +71,7 @@ _ELSEWHERE = {  # devices without kernels of ours
     "residual_norm": "torch",
     "phm": "reference",
     "rows": "reference",
+    "multi_adapter": "composed",  # of `adapter` calls, each with a backend of its own
 }
 _NAMES = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
 BY_SIZE = "by size"  # in place of a backend's name: each call asks the table of its GPU (`of_size`)
@@ -182,8 +185,8 @@ _VERIFY = {
     "cuda": _verify_cuda,
     "onednn": _verify_onednn,
     "torch": _verify_torch,
-    "reference": _verify_torch,
     "composed": _verify_torch,
+    "reference": _verify_torch,
 }
 
 

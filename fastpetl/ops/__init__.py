@@ -1,7 +1,7 @@
 """Functional ops, each with its plain-torch reference beside it, which is the contract.
 
-adapter, its site with a norm, linear, attention, residual_norm, phm_weights and the rows are registered ops
-(torch.ops.fastpetl); the others are composed of them.
+adapter, its site with a norm, linear, attention, residual_norm, phm_weights, multi_adapter and the rows are registered
+ops (torch.ops.fastpetl); the others are composed of them.
 """
 
 from ._cache import WeightCache
@@ -19,6 +19,7 @@ from .site import adapter_residual_norm, adapter_residual_norm_reference
 from . import _registered_residual_norm  # noqa: F401  isort: skip
 from . import _registered  # noqa: F401  isort: skip  (defines torch.ops.fastpetl.adapter, linear and attention)
 from . import _registered_phm, _registered_site  # noqa: F401  isort: skip
+from . import _registered_multi_adapter  # noqa: F401  isort: skip
 
 __all__ = [
     "HyperWeights",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from ._common import check_input, check_like
+from ..spec import activation_code
+from . import _multi_adapter_triton
+from ._common import autocast_dtype, cast, check_input, check_like, number
 from ._multi_adapter import in_one_call
+from .adapter import _check as check_adapter
 from .adapter import adapter, adapter_reference
 
 __all__ = ["multi_adapter", "multi_adapter_reference"]
@@ -33,13 +36,23 @@ def multi_adapter(
     allows it; a first dimension of 1 is shared by all tasks (half-shared adapters); norm_weight and norm_bias [d],
     shared, or [T, d]; task_ids int64, [batch] or of x's shape without its last dimension.
     The rest as `adapter`. Parity: running each task's rows by themselves. Gradients: for all T, zeros for a task
-    without rows. A batch of one task costs one `adapter`. C++ takes each task's rows where they lie; for other backends
-    a mixed batch is put in the tasks' order first. In compiled code every row goes through every task's adapter, so
-    that ids do not shape the graph.
+    without rows.
+    backend: "triton" ("auto" on CUDA) is one launch that never waits for the device; an id out of range is a
+    device-side assertion there. "composed" ("auto" elsewhere, or where the bottleneck is too wide) calls `adapter`:
+    once for a batch of one task, else in the tasks' order, or C++ where each task's rows lie; in compiled code every
+    row goes through every task's adapter, so that ids do not shape the graph. A backend of `adapter` by name is
+    "composed" with it in each call.
     """
     tensors = (x, w_down, b_down, w_up, b_up, norm_weight, norm_bias)
     options = {"eps": eps, "activation": activation, "scale": scale}
-    return _run("multi_adapter", tensors, task_ids, options, residuals, torch.compiler.is_compiling(), backend)
+    tasks = _checked("multi_adapter", tensors, task_ids, residuals)
+    dtype = autocast_dtype(x)
+    inner = tensors if dtype is None else tuple(cast(t, dtype) for t in tensors)
+    if tasks > 1 and _multi_adapter_triton.choose(backend, inner[0], w_down.shape[1], tasks) == "triton":
+        return _fused(x, inner, task_ids, tasks, options, residuals, dtype)
+    within = "auto" if backend == "composed" else backend
+    together = torch.compiler.is_compiling()
+    return _run("multi_adapter", tensors, task_ids, tasks, options, residuals, together, within)
 
 
 def multi_adapter_reference(
@@ -66,10 +79,13 @@ def multi_adapter_reference(
         (x, w_down, b_down, w_up, b_up, norm_weight, norm_bias),
         dict(eps=eps, activation=activation, scale=scale),
     )
-    return _run("multi_adapter_reference", tensors, task_ids, options, residuals, True)
+    name = "multi_adapter_reference"
+    tasks = _checked(name, tensors, task_ids, residuals)
+    return _run(name, tensors, task_ids, tasks, options, residuals, True)
 
 
-def _run(function, tensors, task_ids, options, residuals, together, backend=None):
+def _checked(function, tensors, task_ids, residuals) -> int:
+    """The number of tasks, once shapes and types are as they should be."""
     x, *stacks = tensors
     tasks = _check(function, x, stacks, task_ids)
     if not isinstance(residuals, (tuple, list)):
@@ -78,6 +94,39 @@ def _run(function, tensors, task_ids, options, residuals, together, backend=None
         check_like(
             function, f"residuals[{i}]", r, x.shape, f"{tuple(x.shape)} to match x", x, dtype=getattr(r, "dtype", 0)
         )
+    return tasks
+
+
+def _fused(stream, tensors, task_ids, tasks, options, residuals, autocast):
+    """The one launch; what it takes as residuals and what is added after it, as in `adapter`."""
+    code = activation_code(options["activation"], "multi_adapter")
+    eps, scale = (number("multi_adapter", name, options[name]) for name in ("eps", "scale"))
+    x, *stacks = tensors
+    stacks[4:] = [t if t is None or t.dim() == 2 else t.unsqueeze(0) for t in stacks[4:]]
+    check_adapter(x, *(t if t is None else t[0] for t in stacks))
+    if stream.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_range("multi_adapter", task_ids, tasks)
+    add_x, inside, late = False, [], []
+    for i, r in enumerate(residuals):
+        if autocast is None and r.dtype != x.dtype:
+            check_like("multi_adapter", f"residuals[{i}]", r, x.shape, "", x)
+        if r.dtype != x.dtype:
+            late.append(r)
+        elif r is stream and not add_x:
+            add_x = True
+        else:
+            inside.append(r)
+    if len(inside) > 2:
+        raise ValueError(f"multi_adapter: residuals has {len(inside)} tensors beside x, expected at most 2")
+    tensors = (x, *stacks, *inside, *(None,) * (2 - len(inside)))
+    y = _multi_adapter_triton.fused(tensors, task_ids, tasks, add_x, eps, code, scale)
+    for r in late:
+        y = y + r
+    return y
+
+
+def _run(function, tensors, task_ids, tasks, options, residuals, together, backend=None):
+    x, *stacks = tensors
     if not torch.compiler.is_compiling():
         _check_range(function, task_ids, tasks)
 

@@ -29,7 +29,7 @@ from triton.runtime.driver import driver  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from fastpetl.kernels import adapter, adapter_config, launching, phm, residual_norm, site  # noqa: E402
+from fastpetl.kernels import adapter, adapter_config, launching, multi_adapter, phm, residual_norm, site  # noqa: E402
 from fastpetl.kernels import rows as row_kernels  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -144,9 +144,25 @@ def call_rows(dtype, d, count=True):
     row_kernels.merge(x, None, found)
 
 
+def call_multi_adapter(direction, dtype, d, r, rows, norm=True, activation=3, tasks=4):
+    """One forward or backward of several tasks that asks for everything; the up weights are shared."""
+    x, w_down, b_down = meta(rows, d, dtype=dtype), meta(tasks, r, d, dtype=dtype), meta(tasks, r, dtype=dtype)
+    w_up, b_up = meta(1, d, r, dtype=dtype), meta(1, d, dtype=dtype)
+    gamma, beta = (meta(1, d, dtype=dtype), meta(tasks, d, dtype=dtype)) if norm else (None, None)
+    order, bounds = meta(rows // 8, dtype=torch.int64), meta(tasks + 1, dtype=torch.int32)
+    if direction == "forward":
+        rest = order, bounds, x, None, True, 1e-5, activation, 0.5, True
+        multi_adapter.multi_adapter_forward(x, w_down, b_down, w_up, b_up, gamma, beta, *rest)
+    else:
+        z, stats = meta(rows, r, dtype=dtype), meta(rows, 2, dtype=torch.float32)
+        rest = order, bounds, True, activation, 0.5, 127, 0b0111000
+        multi_adapter.multi_adapter_backward(x, x, z, stats, w_down, w_up, gamma, beta, *rest)
+
+
 CALLS = {
     "adapter": call_adapter,
     "site": call_site,
+    "multi_adapter": call_multi_adapter,
     "residual_norm": call_residual_norm,
     "phm": call_phm,
     "rows": call_rows,
@@ -234,6 +250,29 @@ def all_site_jobs(archs):
             yield job | dict(direction="site_" + job["direction"])
 
 
+def multi_adapter_jobs(archs):
+    """VL-Adapter's bottlenecks on each architecture; the widest there is, fp32, fp16 and no norm on one."""
+    for direction in ("forward", "backward"):
+        for arch in archs:
+            yield dict(arch=arch, dtype="bf16", direction=direction, d=768, r=96, rows=16_000)
+        for dtype, r in (("bf16", 256), ("fp32", 96), ("fp16", 192)):
+            yield dict(arch=90, dtype=dtype, direction=direction, d=768, r=r, rows=48_000)
+
+
+def all_multi_adapter_jobs(archs):
+    """Every entry of the tables that is not split (fp16, which compiles like bf16: two bottlenecks); odd widths."""
+    for arch in archs:
+        for dtype in DTYPES:
+            kind = "float" if dtype == "fp32" else "half"
+            for direction in ("forward", "backward"):
+                for r in (96, 192) if dtype == "fp16" else (8, 32, 48, 96, 192, *((256,) if kind == "half" else ())):
+                    for rows in table_rows(kind, direction, r):
+                        yield dict(arch=arch, dtype=dtype, direction=direction, d=768, r=r, rows=rows)
+                odd = dict(d=760, r=100), dict(d=40, r=8)
+                for extra in (dict(norm=False), *(dict(activation=a) for a in (1, 2, 4)), *odd):
+                    yield dict(arch=arch, dtype=dtype, direction=direction, d=768, r=96, rows=16_000) | extra
+
+
 def residual_norm_jobs(archs):
     """ViLT's width with everything asked for; fp32 holds the most, an odd width draws a word for each element."""
     for direction in ("forward", "backward"):
@@ -286,6 +325,7 @@ def all_rows_jobs(archs):
 JOBS = {
     "adapter": (adapter_jobs, all_adapter_jobs),
     "site": (site_jobs, all_site_jobs),
+    "multi_adapter": (multi_adapter_jobs, all_multi_adapter_jobs),
     "residual_norm": (residual_norm_jobs, all_residual_norm_jobs),
     "phm": (phm_jobs, all_phm_jobs),
     "rows": (rows_jobs, all_rows_jobs),

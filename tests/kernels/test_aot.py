@@ -18,6 +18,7 @@ TENSOR_CORE = {80: ("HMMA",), 90: ("HMMA", "HGMMA"), 100: ("HMMA", "UTCHMMA")}
 ADAPTER = ("forward_fused", "forward_down", "forward_up", "backward_fused", "backward_dz", "backward_dx")
 SITE = ("site_forward", "site_backward")  # their threads read what others of the block wrote: a barrier lies between
 PRODUCTS = (*ADAPTER, *SITE)
+TASK_PRODUCTS = ("forward", "backward", "products")  # multi_adapter's kernels that multiply
 # ptxas gives up a few registers of its own accord where that fits one more block on an SM (128 instead of 130 registers
 # for two blocks of 256 threads, say). That few bytes do not mean a tile too large: those spilled 176 and up.
 SPILL_LIMIT = 64
@@ -26,6 +27,7 @@ SPILL_LIMIT = 64
 KERNELS = {
     "adapter": (*ADAPTER, "fold_weights", "weight_grads"),
     "site": (*SITE, "fold_weights", "weight_grads", "sum_parts"),
+    "multi_adapter": (*TASK_PRODUCTS, "task_weight_grads"),
     "residual_norm": ("forward", "backward", "sum_parts"),
     "phm": ("forward", "backward", "sum_parts"),
     "rows": ("gather", "invert", "merge", "sum_rows"),
@@ -50,7 +52,8 @@ def complaints(report):
             yield f"spills registers: {where}"
         if k["kernel"] in SITE and not k["barriers"]:
             yield f"no barrier: {where}"
-        if k["dtype"] != "fp32" and k["kernel"] in PRODUCTS:
+        multiplies = TASK_PRODUCTS if k["op"] == "multi_adapter" else PRODUCTS
+        if k["dtype"] != "fp32" and k["kernel"] in multiplies:
             if not any(k["instructions"].get(name) for name in TENSOR_CORE[k["arch"]]):
                 yield f"no tensor-core instruction: {where} {k['instructions']}"
 
