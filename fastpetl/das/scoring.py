@@ -16,6 +16,9 @@ class Scorer:
     """Semantics: loss(model(**inputs), targets) of every candidate in one pass over S copies of the batch; two
     candidates share the blocks up to the first on which they differ.
 
+    The losses are those of the candidates one by one; what differs is the number of rows that pooler and head see
+    (`fastpetl.skip` says where that matters to the bit: on a CPU in batches of less than four).
+
     batches(round) gives (inputs, targets) of the round's validation batch; inputs hold no labels. loss(outputs,
     targets) is a scalar; outputs are the model's, cut to one candidate's samples.
     """

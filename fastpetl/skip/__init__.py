@@ -68,7 +68,9 @@ def skip(model: nn.Module, mask_or_plan, *, shortcut: str | None = None, capacit
     plan's, else that of the attached configuration, else "identity", the only one a model without shortcut adapters
     has. capacity: see `policies.Policy`. A forward reads the set once when it starts, so its backward, recomputed
     layers included, is of the layers that ran. With a mask per sample all parameters of skippable blocks get gradients,
-    zeros if nobody ran them.
+    zeros if nobody ran them. On a CPU a sample's result does not depend on its neighbours: to the bit with
+    backend="cpp", and unpatched as far as torch's matrix products do not depend on the number of rows (MKL's do below
+    four rows a thread: a step of generation); "auto" may choose another kernel for another number of rows.
     """
     family, host = registry.family_of(model, "skip")
     check_shortcut(shortcut, "skip")

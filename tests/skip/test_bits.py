@@ -1,0 +1,108 @@
+"""On a CPU a sample's numbers do not depend on its neighbours, to the bit.
+
+The C++ kernels compute each row for itself. In plain torch two things ask for more: a matrix product of fewer than four
+rows per thread takes another kernel (MKL's), and elementwise functions end in a scalar tail where a size is no multiple
+of the vector's. So the plain models here have five samples and hidden sizes of 32; a step of generation, one row per
+sample, is bit-equal with backend="cpp" only, as is what "auto" does: it measures by the number of rows.
+"""
+
+import pytest
+import torch
+
+import fastpetl
+import meter_tiny
+import vilt_tiny
+import vl_tiny
+from fastpetl import skip
+from fastpetl.das import Scorer
+from fastpetl.das.scoring import scoring, sequential
+from skip.test_seq2seq_skip import build as build_seq2seq
+from vilt_tiny import one_thread  # noqa: F401
+
+FAMILIES = ("vilt", "meter", "bart", "t5", "vlbart", "vlt5")
+BACKENDS = (None, "cpp")
+BATCH = 5
+
+
+def build(family, backend):
+    """(model, inputs of five samples, blocks)"""
+    if family == "vilt":
+        model, given = vilt_tiny.tiny_das(), vilt_tiny.inputs(BATCH)
+    elif family == "meter":
+        model, given = meter_tiny.tiny(), meter_tiny.inputs(BATCH)
+    else:
+        model, given = build_seq2seq(family), vl_tiny.inputs(BATCH)
+        given["decoder_input_ids"] = given.pop("labels").clamp(min=3)
+        given["use_cache"] = False
+        if not family.startswith("vl"):
+            given.pop("vis_feats")
+    if backend is not None:
+        fastpetl.patch(model, backend=backend)
+    return model, given, len(fastpetl.blocks(model))
+
+
+@pytest.fixture(autouse=True)
+def rows_of_plain_torch(one_thread):  # noqa: F811
+    x, w = torch.randn(64, 32), torch.randn(48, 32)
+    full = torch.nn.functional.linear(x, w)
+    if not all(torch.equal(torch.nn.functional.linear(x[:n], w), full[:n]) for n in range(4, 64)):
+        pytest.skip("this machine's matrix products depend on the number of rows")
+
+
+def logits(model, given, mask):
+    with torch.no_grad(), skip.skip(model, mask):
+        torch.manual_seed(1)  # ViLT orders patches by it
+        return model(**given).logits
+
+
+def drawn(rows, blocks, seed):
+    return torch.rand(rows, blocks, generator=torch.Generator().manual_seed(seed)) < 0.5
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neighbours_do_not_matter(family, backend):
+    model, given, n = build(family, backend)
+    for seed in range(3):
+        mask, others = drawn(BATCH, n, seed), drawn(BATCH, n, 100 + seed)
+        others[seed] = mask[seed]
+        got, other = logits(model, given, mask), logits(model, given, others)
+        assert torch.equal(got[seed], other[seed]) and not torch.equal(got, other)
+        assert torch.equal(got[seed], logits(model, given, mask[seed])[seed])  # nor that they skip something else
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_candidates_in_one_pass_are_the_candidates_one_by_one(family, backend):
+    """The search's losses too: the pooler and the head see three times the batch, in rows of their own."""
+    model, given, n = build(family, backend)
+    sets = torch.stack([drawn(1, n, seed)[0] for seed in (1, 2, 3)])
+    target = torch.arange(BATCH)
+
+    def loss(outputs, target):
+        return torch.nn.functional.cross_entropy(outputs.logits.reshape(BATCH, -1), target)
+
+    def batches(round):
+        torch.manual_seed(1)
+        return given, target
+
+    with scoring(model, train_mode=False):
+        want = sequential(lambda r: loss(model(**batches(r)[0]), target), model, sets, None, 0)
+        got = Scorer(batches, loss).losses(model, sets, None, 0)
+    assert torch.equal(got, want) and len(set(want.tolist())) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES[2:])
+def test_steps_of_generation(family):
+    model, given, n = build(family, "cpp")
+    given = {name: value for name, value in given.items() if not name.startswith(("decoder", "use_cache"))}
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "output_scores": True, "return_dict_in_generate": True}
+
+    def scores(mask):
+        with skip.skip(model, mask):
+            return torch.stack(model.generate(**given, **options).scores, 1)
+
+    for seed in range(3):
+        mask, others = drawn(BATCH, n, seed), drawn(BATCH, n, 100 + seed)
+        others[seed] = mask[seed]
+        assert torch.equal(scores(mask)[seed], scores(others)[seed])
