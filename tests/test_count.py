@@ -8,6 +8,7 @@ from torch import nn
 from transformers import ViltConfig, ViltForQuestionAnswering
 
 import fastpetl
+import vl_tiny
 from fastpetl.count import main
 from fastpetl.models import MeterConfig, MeterForQuestionAnswering
 from vilt_tiny import everything, inputs, one_thread, tiny_das  # noqa: F401
@@ -212,6 +213,29 @@ def test_a_whole_model_counts_the_same_patched(patch):
     assert sum(total for _, total, _, _ in counted.parts) == counted.total
     text = str(counted)
     assert "trainable" in text and f"{counted.total:,}" in text and len({len(line) for line in text.splitlines()}) == 1
+
+
+@pytest.mark.parametrize("patch", [False, True])
+@pytest.mark.parametrize("kind", ["vlbart", "vlt5"])
+def test_macs_of_an_encoder_decoder(kind, patch):
+    """What a skipped block saves is what it counts for, adapters included; by hand for a block of the encoder."""
+    model = vl_tiny.tiny_adapters(kind, patch=patch)
+    model.config.max_position_embeddings = target = 7  # the texts' length; nine boxes of one image beside it
+    model.config.n_images = 1
+    blocks, source = fastpetl.blocks(model), target + model.config.n_boxes
+    given = {
+        "input_ids": torch.ones(1, target, dtype=torch.long),
+        "vis_feats": torch.zeros(1, 16, vl_tiny.FEATURES["feat_dim"]),
+        "decoder_input_ids": torch.ones(1, target, dtype=torch.long),
+        "use_cache": False,
+    }
+    whole = fastpetl.count(model, given)
+    for block in blocks:
+        with fastpetl.skip(model, fastpetl.SkipPlan((block.index,))):
+            assert whole.macs - fastpetl.count(model, given).macs == block.macs, block.name
+    adapter = 2 * 32 * 6
+    assert blocks[0].macs == source * (4 * 32 * 32 + 2 * 32 * 64 + 2 * adapter) + 2 * 32 * source**2
+    assert whole.macs_fvcore > whole.macs or kind == "vlt5"  # T5's norms are none of fvcore's
 
 
 def test_aliases_count_once():

@@ -25,6 +25,9 @@ QUIRKS = {
     "fixed_batch": "every reward is of validation batch 0",
     "train_mode": "rewards are taken in train mode, dropout and all",
     "swapped_labels": "METER's text layers are named as its image layers and these as text layers",
+    "ignored_lr": "the gates move with lr 1.0, whatever lr says, as METER's do",
+    "before_step": "a round sees the weights from before its micro-batch's update: it is held in the forward",
+    "rank0_rewards": "in a process group the rewards of rank 0 count, not the mean: its gates were broadcast",
 }
 
 
@@ -65,7 +68,8 @@ class Search:
             raise ValueError(f"search: quirks has {unknown[0]!r}, expected some of {', '.join(QUIRKS)}")
         if not isinstance(evaluate, Scorer) and not callable(evaluate):
             raise TypeError(f"search: evaluate is {type(evaluate).__name__}, expected a Scorer or a function (round)")
-        self.warmup_steps, self.turn, self.candidates, self.lr = warmup_steps, turn, candidates, float(lr)
+        self.warmup_steps, self.turn, self.candidates = warmup_steps, turn, candidates
+        self.lr = 1.0 if "ignored_lr" in quirks else float(lr)
         self.per_sample, self.seed, self.quirks = per_sample, seed, tuple(quirks)
         self.names = _names(self.blocks, "swapped_labels" in quirks)
         self.gates = torch.zeros(len(self.blocks), dtype=torch.float64)
@@ -84,31 +88,37 @@ class Search:
                 chosen = lambda x, n_blocks: row.expand(len(x), -1)  # noqa: E731
         setting = skip(self.model, chosen, shortcut=self.shortcut)
         self._before = self._before or setting
+        if "before_step" in self.quirks and self._due():
+            self._round()
 
     def end(self) -> bool:
         """Semantics: count the micro-batch; is it the turn of the gates, score candidates and move them. True if so."""
+        due = self._due()
+        if due and "before_step" not in self.quirks:
+            self._round()
         self.step += 1
-        self.count += 1  # from the first step: the round after warm-up comes at once, as in the original
-        if self.count < self.turn or self.step <= self.warmup_steps:
-            return False
-        self.count = 0
+        self.count = 0 if due else self.count + 1  # from the first step: the round after warm-up comes at once
+        return due
+
+    def _due(self) -> bool:
+        return self.count + 1 >= self.turn and self.step + 1 > self.warmup_steps
+
+    def _round(self) -> None:
+        step = self.step + 1
         sets = draw_distinct(self.gates, self.fill, self.candidates, self.generator)
         losses = self._losses(torch.stack([self._row(chosen) for chosen in sets]))
         for chosen, loss in zip(sets, losses.tolist(), strict=True):
             if not math.isfinite(loss):
-                raise ValueError(
-                    f"search: evaluate gave a loss of {loss} with blocks {chosen} skipped, at step {self.step}"
-                )
+                raise ValueError(f"search: evaluate gave a loss of {loss} with blocks {chosen} skipped, at step {step}")
         self.gates = update_gates(self.gates, sets, losses, self.lr)
         self.rounds.append(
             {
-                "step": self.step,
+                "step": step,
                 "sets": [list(chosen) for chosen in sets],
                 "losses": losses.tolist(),
                 "gates": self.gates.tolist(),
             }
         )
-        return True
 
     def plan(self) -> SearchedPlan:
         """Semantics: what the gates say now."""
@@ -150,8 +160,12 @@ class Search:
                 losses = sequential(self.evaluate, self.model, sets, self.shortcut, round)
         if _distributed():
             losses = losses.to(next(self.model.parameters()).device)
-            torch.distributed.all_reduce(losses)  # every rank draws the same sets, and now sees the same rewards
-            losses = losses.cpu() / torch.distributed.get_world_size()
+            if "rank0_rewards" in self.quirks:
+                torch.distributed.broadcast(losses, 0)
+            else:
+                torch.distributed.all_reduce(losses)  # every rank draws the same sets, and now sees the same rewards
+                losses /= torch.distributed.get_world_size()
+            losses = losses.cpu()
         return losses
 
     # --- checkpoints
@@ -205,8 +219,8 @@ def search(
     validation batch r as the model stands, r counts the rounds; or a `Scorer`, which takes all candidates in one pass.
     n_skip: blocks to skip; or budget_macs: multiply-accumulates of one sample to save at least, filled by gate per
     MAC. warmup_steps: without rounds, a third unless given. options: turn=10, candidates=3, lr=1.0, seed=0;
-    per_sample: each sample trains with a set of its own; shortcut as in `fastpetl.skip`; quirks of the released code
-    by name: "fixed_batch", "train_mode".
+    per_sample: each sample trains with a set of its own; shortcut as in `fastpetl.skip`; quirks: of the released code,
+    by the names in `fastpetl.das.QUIRKS`, which says what each does.
     checkpoint: a file to write every `checkpoint_every` steps and, if it is there, to go on from: gates, generators,
     the model's trained parameters, and what `state` names (the optimizer, a scheduler: has state_dict). The gates are
     then those of a run that was never stopped, if step(i) depends on nothing else. In a process group rewards are

@@ -112,13 +112,9 @@ def test_inside_lightning(tmp_path):
     found = Search(task.model, task.evaluate, n_skip=2, turn=2, warmup_steps=2)
     trainer = lightning.Trainer(
         max_steps=6,
-        accelerator="cpu",
-        logger=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
         callbacks=[fastpetl.das.lightning_callback(found)],
+        **_quiet(tmp_path),
     )
     trainer.fit(Module(task), torch.utils.data.DataLoader(Items(), batch_size=2))
     assert found.step == 6 and [r["step"] for r in found.rounds] == [3, 5]
@@ -127,6 +123,47 @@ def test_inside_lightning(tmp_path):
     callback = fastpetl.das.lightning_callback(again)
     callback.load_state_dict(fastpetl.das.lightning_callback(found).state_dict())
     assert again.plan() == found.plan()
+
+
+def _quiet(folder) -> dict:
+    off = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    return {**off, "accelerator": "cpu", "default_root_dir": folder}
+
+
+def test_lightnings_checkpoints_hold_the_search(tmp_path):
+    """Resumed from the file Lightning wrote, it ends with the gates, rounds and weights of an uninterrupted run."""
+    lightning = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    class Module(lightning.LightningModule):
+        def __init__(self, task):
+            super().__init__()
+            self.model, self.task = task.model, task
+
+        def training_step(self, batch, index):
+            torch.manual_seed(self.global_step)  # ViLT orders patches by it
+            return self.model(**batch).loss
+
+        def configure_optimizers(self):
+            return self.task.optimizer
+
+    def run(steps, resume=None):
+        task = Task()
+        found = Search(task.model, task.evaluate, n_skip=2, turn=3, warmup_steps=2)
+        written = ModelCheckpoint(tmp_path, every_n_train_steps=8, save_top_k=-1, filename="at-{step}")
+        callbacks = [fastpetl.das.lightning_callback(found), written]
+        trainer = lightning.Trainer(max_steps=steps, callbacks=callbacks, **_quiet(tmp_path))
+        trainer.fit(Module(task), torch.utils.data.DataLoader(Items(), batch_size=2), ckpt_path=resume)
+        return found, task.model
+
+    whole, model = run(12)
+    (tmp_path / "at-step=8.ckpt").unlink()
+    run(8)
+    found, resumed = run(12, tmp_path / "at-step=8.ckpt")
+    assert (found.step, found.count) == (12, whole.count) and len(found.rounds) == 4
+    assert found.plan() == whole.plan()
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def _rank(rank, folder):
@@ -143,14 +180,28 @@ def _rank(rank, folder):
         task.loss(ddp(**task.data), task.target).backward()
         task.optimizer.step()
 
-    plan = search(task.model, step, task.evaluate, steps=7, n_skip=2, turn=3, warmup_steps=0, progress=False)
-    Path(folder, f"{rank}.json").write_text(json.dumps([plan.gates, plan.rounds, plan.blocks]))
+    own = []
+
+    def evaluate(round):
+        own.append(task.evaluate(round).item())
+        return own[-1]
+
+    options = {"steps": 7, "n_skip": 2, "turn": 3, "warmup_steps": 0, "progress": False}
+    plans = [search(task.model, step, evaluate, **options, quirks=quirks) for quirks in ((), ("rank0_rewards",))]
+    found = [[plan.gates, plan.rounds, plan.blocks] for plan in plans]
+    Path(folder, f"{rank}.json").write_text(json.dumps([found, own]))
 
 
 def test_ranks_agree(tmp_path):
+    """On the mean of their rewards; by the quirk's name on rank 0's."""
     two_ranks.run(__file__, tmp_path)
-    a, b = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
-    assert a == b and any(a[0]) and len(a[1]) == 2
+    (a, own), (b, other) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert a == b and own != other
+    losses = [[loss for r in rounds for loss in r["losses"]] for _, rounds, _ in a]
+    n = len(losses[0])
+    assert n == len(losses[1]) == 2 * 3 and all(any(gates) for gates, _, _ in a)
+    assert losses[0] == pytest.approx([(x + y) / 2 for x, y in zip(own[:n], other[:n], strict=True)])
+    assert losses[1] == own[n:]
 
 
 def test_meter_and_its_swapped_labels():

@@ -12,6 +12,7 @@ import fastpetl
 from das_task import Task
 from fastpetl.das import Scorer, Search, SearchedPlan, gates
 from fastpetl.das.gates import Fill, draw, draw_distinct, update_gates
+from fastpetl.models import MeterConfig, MeterModel
 from vilt_tiny import everything, one_thread, tiny_das, tiny_vilt  # noqa: F401
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -145,6 +146,23 @@ def test_a_budget_of_macs():
     assert all(len(chosen) == 2 for r in plan.rounds for chosen in r["sets"])
 
 
+def test_a_budget_weighs_layers_by_what_they_save():
+    """At METER's real sizes an image layer saves five times what a text layer does."""
+    with torch.device("meta"):
+        config = MeterConfig(max_text_length=40, vision_config={"image_size": 384})
+        model = fastpetl.attach(MeterModel(config), fastpetl.DASConfig(), patch=False)
+    saved = [b.macs - b.shortcut_macs for b in fastpetl.blocks(model)]
+    text, image = saved[0], saved[6]
+    assert 5 < image / text < 5.2
+    for benefit, chosen in ((4.0, (0, 1, 2, 3, 4, 5)), (6.0, (11,))):  # of an image layer, a text layer's being 1
+        made = Search(model, lambda r: 0.0, budget_macs=float(image))
+        made.gates = torch.tensor([1.0] * 6 + [0.0] * 5 + [benefit], dtype=torch.float64)
+        assert made.plan().blocks == chosen and made.plan().macs_saved >= image
+    counted = Search(model, lambda r: 0.0, n_skip=1)
+    counted.gates = made.gates
+    assert counted.plan().blocks == (11,)
+
+
 def test_what_is_saved_depends_on_the_shortcut():
     task = Task()
     with fastpetl.skip(task.model, [False] * 4, shortcut="identity"):
@@ -166,6 +184,45 @@ def test_quirks():
     seen.clear(), modes.clear()
     task.search(evaluate, quirks=("fixed_batch", "train_mode"))
     assert seen == [0] * 9 and all(modes)
+
+
+def test_lr_is_ignored_by_name():
+    gates = [Task().search(lr=lr, quirks=quirks).gates for lr, quirks in ((0.1, ()), (0.1, ("ignored_lr",)), (1.0, ()))]
+    assert gates[1] == gates[2] != gates[0]
+
+
+def test_rounds_before_or_after_the_update():
+    def run(*quirks):
+        task, done = Task(), []
+        before = {}
+
+        def evaluate(r):
+            done.append(len(task.seen))
+            with torch.no_grad():
+                before.setdefault(r, task.model.classifier[3].weight.clone())
+            return task.evaluate(r)
+
+        return task.search(evaluate, quirks=quirks), done, before, task
+
+    (after, done, weights, _), (before, done_before, weights_before, task) = run(), run("before_step")
+    steps = [r["step"] for r in after.rounds]
+    assert steps == [r["step"] for r in before.rounds] and len(steps) == 3
+    assert done == [step for step in steps for _ in range(3)]  # that many updates lie behind
+    assert done_before == [step - 1 for step in steps for _ in range(3)]
+    assert not torch.equal(weights[0], weights_before[0]) and before.gates != after.gates
+    assert all(len(plan.blocks) == 2 for plan in task.seen)  # the round left the training's own set
+
+
+def test_every_quirk_is_described():
+    assert set(fastpetl.das.QUIRKS) == {
+        "fixed_batch",
+        "train_mode",
+        "swapped_labels",
+        "ignored_lr",
+        "before_step",
+        "rank0_rewards",
+    }
+    assert all(fastpetl.das.QUIRKS.values()) and Search(Task().model, lambda r: 0.0, n_skip=2).quirks == ()
 
 
 def test_rewards_leave_the_run_as_it_was():

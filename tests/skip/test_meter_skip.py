@@ -7,7 +7,7 @@ import torch
 import torch._dynamo.testing
 
 import fastpetl
-from fastpetl import skip
+from fastpetl import models, skip
 from meter_tiny import config, inputs, tiny
 from vilt_tiny import one_thread, relative  # noqa: F401
 
@@ -40,6 +40,59 @@ def assert_same(got, want):
     scale = max(g.norm() for g in want.values())
     for name, grad in want.items():
         assert (got[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-6 * scale, name
+
+
+@pytest.mark.parametrize("patch", [False, True], ids=["plain", "patched"])
+@pytest.mark.parametrize("shortcut", ["adapter", "identity"])
+def test_a_uniform_mask_is_the_static_plan_exactly(shortcut, patch):
+    model, given = build(patch), inputs(4)
+    for row in ([False] * 12, [True] * 12, masks(1)[0].tolist()):
+        with torch.no_grad(), skip.skip(model, row, shortcut=shortcut):
+            want = model(**given).logits
+        with torch.no_grad(), skip.skip(model, [row] * 4, shortcut=shortcut):
+            assert torch.equal(model(**given).logits, want)
+    with torch.no_grad(), skip.skip(model, [False] * 12):
+        assert torch.equal(model(**given).logits, build(patch)(**given).logits)
+
+
+def test_skipped_rows_are_exact():
+    """A sample that skips all layers leaves them as it came, to the bit, whatever its neighbours run."""
+    model, given, mask = build(), inputs(4), masks()
+    mask[2] = True
+    with torch.no_grad(), skip.skip(model, mask, shortcut="identity"):
+        states = model(**given, output_hidden_states=True).hidden_states
+    for before, after in zip(states[0], states[-1], strict=True):
+        assert torch.equal(after[2], before[2]) and not torch.equal(after[3], before[3])
+    with torch.no_grad(), skip.skip(model, mask, shortcut="adapter"):
+        states = model(**given, output_hidden_states=True).hidden_states
+    for x, after, adapters in zip(states[0], states[-1], (0, 1), strict=True):
+        for adapter in model.meter._shortcuts(adapters):
+            x = adapter(x)
+        assert torch.equal(after[2], x[2])
+
+
+def test_two_images_and_one_mask():
+    """NLVR2: a sample's mask holds for both its images."""
+    torch.manual_seed(0)
+    model = models.MeterForImagesAndTextClassification(config(type_vocab_size=3, num_labels=2)).eval()
+    given, mask = inputs(4), masks()
+    given["pixel_values"] = torch.randn(4, 2, 3, 64, 64)
+    with torch.no_grad():
+        with skip.skip(model, mask):
+            got = model(**given).logits
+        for b in range(4):
+            with skip.skip(model, mask[b].tolist()):
+                alone = model(**{name: value[b : b + 1] for name, value in given.items()}).logits
+            torch.testing.assert_close(got[b : b + 1], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_candidates_go_through_the_towers_once():
+    model, given, seen = build(), inputs(3), []
+    for tower in (model.meter.text_transformer.encoder, model.meter.vit_model.encoder):
+        tower.register_forward_hook(lambda m, args, out: seen.append(len(out.last_hidden_state)))
+    with torch.no_grad(), skip.skip(model, skip.policies.Candidates(masks(3))):
+        assert len(model(**given).logits) == 9
+    assert seen == [3, 3]
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------------------
