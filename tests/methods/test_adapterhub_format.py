@@ -76,7 +76,7 @@ def places(kind, model, cross):
             layer, _, last = name.rpartition(".")
             at = {"self_attn": "attention", "fc2": "output", "encoder_attn": "cross_attention"}[last]
             prefix = {"clip text": "text_model.", "clip vision": "vision_model."}.get(kind, "")
-            found[f"{prefix}{layer}.{at}_adapters.adapters"] = module
+            found[f"{prefix}{layer.removesuffix('.mlp')}.{at}_adapters.adapters"] = module
     return found
 
 

@@ -98,7 +98,8 @@ def test_a_new_task_is_what_attach_would_have_made(name):
     for key, p in mine.items():
         if task_of(key) == TASKS[2]:
             spread, expected = p.std(correction=0), theirs[key].std(correction=0)
-            assert abs(spread - expected) <= 0.6 * expected, key
+            few = 3 / p.numel() ** 0.5  # a rule is eight numbers
+            assert abs(spread - expected) <= max(0.6, few) * expected, key
     fastpetl.task(grown, TASKS[2])
     grown.train()(**inputs()).loss.backward()
     new = [p for key, p in mine.items() if task_of(key) == TASKS[2]]
