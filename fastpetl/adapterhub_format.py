@@ -148,7 +148,7 @@ def _weights(directory: Path, name: str | None) -> dict:
         )
     found, names = {}, set()
     for key, value in files.items():
-        match = re.fullmatch(rf"(?:.*?\.)?({_STACK}\..*adapters)\.([^.]+)\.((?:adapter_|scaling).*)", key)
+        match = re.fullmatch(rf"(?:.*?\.)??({_STACK}\..*adapters)\.([^.]+)\.((?:adapter_|scaling).*)", key)
         if match is None:
             raise ValueError(f"import_adapterhub: the files have {key}, for which an AdapterConfig has no place")
         names.add(match[2])
