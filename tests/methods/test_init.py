@@ -1,4 +1,4 @@
-"""New weights are drawn as the original code draws them (spread, bounds, zeros), on VL-BART and on VL-T5, which differ."""
+"""New weights are drawn as the original code draws them (spread, bounds, zeros), on VL-BART and VL-T5, which differ."""
 
 import math
 import re
