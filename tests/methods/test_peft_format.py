@@ -118,10 +118,7 @@ def moved(model):
     return model
 
 
-EXPORTED = ({}, {"train_biases": False}, {"train_norms": True}, {"train_biases": False, "train_norms": True})
-
-
-@pytest.mark.parametrize("options", EXPORTED, ids=["biases", "lora", "biases, norms", "norms"])
+@pytest.mark.parametrize("options", [{"train_norms": True}, {"train_biases": False}], ids=["all", "lora"])
 @pytest.mark.parametrize("kind", OTHERS)
 def test_peft_reads_what_we_export_of_other_backbones(kind, options, tmp_path):
     config = fastpetl.LoRAConfig(tasks=TASKS, rank=3, alpha=6.0, sharing="multiple", dropout=0.0, **options)

@@ -66,8 +66,7 @@ def test_logits_loss_and_gradients(kind, method, patch):
             assert error <= 1e-4 * grad.norm().item() + 1e-7 * scale, f"{task} {name}: {error:.1e}"
 
 
-@pytest.mark.parametrize("patch", [False, True], ids=["eager", "patched"])
-@pytest.mark.parametrize("method", ["lora", "multiple_lora"])
+@pytest.mark.parametrize(("method", "patch"), [("lora", False), ("multiple_lora", True)])
 def test_lora_is_the_originals_up_to_its_dropout(method, patch):
     """The recorded numbers are drawn from the distribution of ours: their distance from our mean, in our standard
     deviations, is 1 in the mean square. (Half or twice the scale, or the dropout, or one value projection without its
@@ -82,7 +81,7 @@ def test_lora_is_the_originals_up_to_its_dropout(method, patch):
         want = {"logits": tensors[f"{task}/output/logits"], **part(tensors, f"{task}/grad/")}
         runs = {name: [] for name in want}
         torch.manual_seed(0)
-        for _ in range(100):
+        for _ in range(80):
             model.zero_grad(set_to_none=True)
             out = model(**given, task=task)
             out.loss.backward()
