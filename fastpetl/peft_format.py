@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from fastpetl.methods import LoRAConfig, attach, attached, detach
-from fastpetl.methods.adapter import HEADS
 from fastpetl.methods.task_set import task_of
 from fastpetl.methods.tasks import tasks
 from fastpetl.nn.lora import LoRALinear
@@ -97,9 +96,6 @@ def _whole(name: str, config) -> str | None:
     parts = name.split(".")
     if "visual_embedding" in parts and config.train_visual:  # part by part: whole it has the words in it
         return ".".join(parts[: parts.index("visual_embedding") + 2])
-    head = next((i for i, part in enumerate(parts) if part in HEADS), None)
-    if head is not None:
-        return ".".join(parts[: head + 1])
     return None if config.train_biases and parts[-1] == "bias" else ".".join(parts[:-1])
 
 

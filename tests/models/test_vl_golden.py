@@ -5,6 +5,7 @@ import torch
 
 import fastpetl
 from vl_tiny import (
+    GOLDEN,
     KINDS,
     METHODS,
     golden,
@@ -28,6 +29,10 @@ CASES = [(kind, method) for kind in KINDS for method in METHODS if (kind, method
 # LoRA's runs were recorded with its dropout of 0.1 on, from a seed nobody wrote down: its numbers are held to what that
 # dropout makes of ours (below), and to those of a merged model (tests/methods/test_methods.py).
 NUMBERS = [case for case in CASES if "lora" not in case[1]]
+
+
+def test_every_recorded_run_is_held_to():
+    assert {file.stem for file in GOLDEN.glob("vl*.safetensors")} == {f"{kind}_{method}" for kind, method in CASES}
 
 
 @pytest.mark.parametrize("patch", [False, True], ids=["eager", "patched"])
