@@ -97,10 +97,11 @@ def ops(limit):
 
 def _timed(call, floor: float) -> dict:
     """Semantics: microseconds of a call from Python and, on a GPU, of its kernels alone, replayed from a graph: the
-    share of the floor is taken of those."""
+    share of the floor is taken of those. A call that waits for the device cannot be captured: its own time then."""
     called = seconds(call)
-    replayed = _replay(call) if gpu() else called
-    return {"us": 1e6 * replayed, "called_us": 1e6 * called, "of_copy": floor / replayed}
+    alone = _kernels(call)
+    replayed = called if alone is None else alone / 1e3
+    return {"us": 1e6 * replayed, "called_us": 1e6 * called, "of_copy": floor / replayed, "captured": alone is not None}
 
 
 def _replay(call) -> float:

@@ -20,6 +20,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 using torch::stable::new_empty;
+using Guard = std::optional<torch::stable::accelerator::DeviceGuard>;
 
 namespace {
 
@@ -74,7 +75,9 @@ struct Call {
     if (!want) size = {0};
     return new_empty(x, size, type);
   }
-  void launched(int error) const {
+  // The device is switched back before anything is thrown.
+  void launched(Guard& guard, int error) const {
+    guard.reset();
     STD_TORCH_CHECK(error == 0, op, ": CUDA error ", error,
                     " at launch (9: the bottleneck is too wide for this device's shared memory)");
   }
@@ -92,7 +95,7 @@ Site site_forward(const Call& c, const Tensor& w_down, const Optional& b_down, c
   const auto [rows, d, r] = c.sizes(w_down);
   c.codes(activation, tail);
   const int dtype = c.dtype();
-  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Guard guard(std::in_place, x.get_device_index());
   Tensor s = c.make(emit_s || save || !tail, {rows, d}), n = c.make(tail, {rows, d}), z = c.make(save, {rows, r});
   Tensor stats = c.make(save && norm_weight, {rows, 2}, ScalarType::Float);
   Tensor tail_stats = c.make(save && tail, {rows, 2}, ScalarType::Float);
@@ -115,7 +118,7 @@ Site site_forward(const Call& c, const Tensor& w_down, const Optional& b_down, c
   a.activation = static_cast<int>(activation), a.add_x = add_x, a.tail = static_cast<int>(tail);
   a.device = x.get_device_index();
   a.eps = static_cast<float>(eps), a.tail_eps = static_cast<float>(tail_eps), a.scale = static_cast<float>(scale);
-  c.launched(fastpetl_cuda_site_forward(&a, dtype, c.stream()));
+  c.launched(guard, fastpetl_cuda_site_forward(&a, dtype, c.stream()));
   return {s, n, z, stats, tail_stats};
 }
 
@@ -153,7 +156,7 @@ Site cuda_site_backward(const Optional& g_s, const Optional& g_n, const Optional
   STD_TORCH_CHECK(g_n ? tail && s && tail_stats && tail_weight : g_s.has_value(), c.op,
                   ": expected g_s, or g_n with s, tail_stats, tail_weight and a tail");
   STD_TORCH_CHECK(!norm_weight || stats, c.op, ": stats is missing, expected it with norm_weight");
-  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Guard guard(std::in_place, x.get_device_index());
   fp_cuda_site_backward a{};
   a.g_s = c.data("g_s", g_s, rows, d);
   a.g_n = c.data("g_n", g_n, rows, d);
@@ -177,7 +180,7 @@ Site cuda_site_backward(const Optional& g_s, const Optional& g_n, const Optional
   Tensor dz = c.make(true, {rows, r}), h = c.make(want_h, {rows, r});
   Tensor tail_partial = c.make(partial, {(rows + block - 1) / block, 2, d}, ScalarType::Float);
   a.g = out(g), a.dx = out(dx), a.dz = out(dz), a.h = out(h), a.tail_partial = static_cast<float*>(out(tail_partial));
-  c.launched(fastpetl_cuda_site_backward(&a, dtype, c.stream()));
+  c.launched(guard, fastpetl_cuda_site_backward(&a, dtype, c.stream()));
   return {g, dx, dz, h, tail_partial};
 }
 
@@ -190,10 +193,10 @@ Tensor cuda_gather_rows(const Tensor& x, const Tensor& index, const Optional& co
   c.dtype();
   STD_TORCH_CHECK(x.dim() == 2 && index.dim() == 1, c.op, ": expected x [n, d] and index [m]");
   const int64_t n = x.size(0), d = x.size(1), m = index.size(0);
-  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Guard guard(std::in_place, x.get_device_index());
   Tensor y = c.make(true, {m, d});
   const void* from = d ? c.data("x", Optional(x), n, d) : nullptr;
-  c.launched(fastpetl_cuda_gather_rows(from, c.integers("index", Optional(index), m), c.integers("count", count, 1), out(y),
+  c.launched(guard, fastpetl_cuda_gather_rows(from, c.integers("index", Optional(index), m), c.integers("count", count, 1), out(y),
                                        n, m, bytes(x), x.get_device_index(), c.stream()));
   return y;
 }
@@ -203,11 +206,11 @@ Tensor cuda_scatter_rows(const Tensor& base, const Optional& rows, const Tensor&
   c.dtype();
   STD_TORCH_CHECK(base.dim() == 2 && index.dim() == 1, c.op, ": expected base [n, d] and index [m]");
   const int64_t n = base.size(0), d = base.size(1), m = index.size(0);
-  torch::stable::accelerator::DeviceGuard guard(base.get_device_index());
+  Guard guard(std::in_place, base.get_device_index());
   if (d) c.data("base", Optional(base), n, d);
   const void* from = d ? c.data("rows", rows, m, d) : nullptr;
   Tensor y = torch::stable::clone(base);
-  c.launched(fastpetl_cuda_scatter_rows(from, c.integers("index", Optional(index), m), c.integers("count", count, 1), out(y),
+  c.launched(guard, fastpetl_cuda_scatter_rows(from, c.integers("index", Optional(index), m), c.integers("count", count, 1), out(y),
                                         n, m, bytes(base), base.get_device_index(), c.stream()));
   return y;
 }
@@ -216,10 +219,10 @@ Tensor cuda_add_rows(const Tensor& rows, const Tensor& index, const Optional& co
   const Call c{"cuda_add_rows", rows};
   STD_TORCH_CHECK(rows.dim() == 2 && index.dim() == 1, c.op, ": expected rows [m, d] and index [m]");
   const int64_t d = rows.size(1), m = index.size(0);
-  torch::stable::accelerator::DeviceGuard guard(rows.get_device_index());
+  Guard guard(std::in_place, rows.get_device_index());
   Tensor y = c.make(true, {n, d}, ScalarType::Float);
   const void* from = d ? c.data("rows", Optional(rows), m, d) : nullptr;
-  c.launched(fastpetl_cuda_add_rows(from, c.integers("index", Optional(index), m), c.integers("count", count, 1),
+  c.launched(guard, fastpetl_cuda_add_rows(from, c.integers("index", Optional(index), m), c.integers("count", count, 1),
                                     static_cast<float*>(out(y)), n, m, d, c.dtype(), rows.get_device_index(), c.stream()));
   return y;
 }
