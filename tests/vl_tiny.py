@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import fastpetl
 from fastpetl.models import VLT5, VLBart, VLBartConfig, VLT5Config
 
 GOLDEN = Path(__file__).parent / "golden"
 KINDS = {"vlbart": (VLBart, VLBartConfig), "vlt5": (VLT5, VLT5Config)}
+TEXT = {"bart": (BartForConditionalGeneration, BartConfig), "t5": (T5ForConditionalGeneration, T5Config)}
 METHODS = ("none", "adapter", "adapter_ln", "multiple_adapter", "half_shared_adapter")
 METHODS += ("compacter", "multiple_compacter", "compacter_lowrank", "lowrank_adapter", "hyperformer")
 METHODS += ("prompt", "multiple_prompt", "lora", "multiple_lora")
@@ -49,6 +51,17 @@ def tiny(kind, **config):
     torch.manual_seed(7)
     model_class, config_class = KINDS[kind]
     model = model_class(config_class(**{**SIZES[kind], **FEATURES, **config})).eval()
+    model.generation_config.forced_eos_token_id = None
+    randomize(model)
+    return model
+
+
+def text_model(kind, **config):
+    """Hugging Face's own BART or T5 of the same sizes."""
+    model_class, config_class = TEXT[kind]
+    torch.manual_seed(7)
+    start = {"decoder_start_token_id": 0, "pad_token_id": 0} if kind == "t5" else {}
+    model = model_class(config_class(**{**SIZES[f"vl{kind}"], **start, **config})).eval()
     model.generation_config.forced_eos_token_id = None
     randomize(model)
     return model

@@ -5,24 +5,12 @@ import pickle
 
 import pytest
 import torch
-from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 import fastpetl
 from vilt_tiny import everything, one_thread, relative  # noqa: F401
-from vl_tiny import SIZES, inputs, randomize, tiny, tiny_adapters
+from vl_tiny import TEXT, inputs, text_model, tiny, tiny_adapters
 
 KINDS = ("vlbart", "vlt5")
-TEXT = {"bart": (BartForConditionalGeneration, BartConfig), "t5": (T5ForConditionalGeneration, T5Config)}
-
-
-def text_model(kind, **config):
-    model_class, config_class = TEXT[kind]
-    torch.manual_seed(7)
-    start = {"decoder_start_token_id": 0, "pad_token_id": 0} if kind == "t5" else {}
-    model = model_class(config_class(**{**SIZES[f"vl{kind}"], **start, **config})).eval()
-    model.generation_config.forced_eos_token_id = None
-    randomize(model)
-    return model
 
 
 def arguments(model, padded=True, **changes):
