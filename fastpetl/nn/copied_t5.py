@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastpetl.nn.inline import note_fallback
+from fastpetl.nn.inline import note_fallback, tensor_reason
 from fastpetl.nn.parts import Fused, attend, drop, exact_gelu, heads
 from fastpetl.nn.t5 import DENSE, GATED, PROJECTIONS
 
@@ -74,9 +74,10 @@ class CopiedT5LayerNorm(Fused):
 
     def forward(self, hidden_states):
         x = hidden_states
-        reason = "weight is on another device, of another dtype or no plain parameter"
-        if type(self.weight) is nn.Parameter and self.weight.dtype == x.dtype and self.weight.device == x.device:
-            reason = None if self._keeps_dtype(x) else f"the original does not give {x.dtype} for {x.dtype}"
+        reason = tensor_reason(self.weight, x.dtype, x.device)
+        reason = None if reason is None else f"weight {reason}"
+        if reason is None and not self._keeps_dtype(x):
+            reason = f"the original does not give {x.dtype} for {x.dtype}"
         if reason is not None:
             note_fallback(self, reason)
         if reason is not None or self._declines({}, x):

@@ -54,7 +54,7 @@ def structure_reason(
         if "forward" in state:
             return f"{prefix}{name}.forward was replaced on the instance (accelerate's offloading does this)"
         for key, value in state["_parameters"].items():
-            reason = _tensor_reason(value, dtype, device)
+            reason = tensor_reason(value, dtype, device)
             if reason is not None:
                 return f"{prefix}{name}.{key} {reason}"
         if len(state["_modules"]) != len(inlined.children):
@@ -90,7 +90,8 @@ def note_fallback(module: nn.Module, reason: str) -> None:
         module.__dict__["_fastpetl_fallback"] = reason
 
 
-def _tensor_reason(value, dtype, device) -> str | None:
+def tensor_reason(value, dtype=None, device=None) -> str | None:
+    """Semantics: why a parameter, be it None, cannot be read (a replica's is a plain tensor), or None."""
     if value is None:
         return None
     if type(value) not in _PLAIN:

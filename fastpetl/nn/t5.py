@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.models.t5 import modeling_t5 as hf
 
-from fastpetl.nn.inline import note_fallback, structure
+from fastpetl.nn.inline import note_fallback, structure, tensor_reason
 from fastpetl.nn.lora import LoRALinear, beside_others
 from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
 
@@ -76,8 +76,9 @@ class FusedT5LayerNorm(Fused, hf.T5LayerNorm):
         x = hidden_states
         if self._declines({}, x):
             return super().forward(x)
-        if type(self.weight) is not nn.Parameter or self.weight.dtype != x.dtype:
-            note_fallback(self, f"weight is {type(self.weight).__name__} of {self.weight.dtype}, the input {x.dtype}")
+        reason = tensor_reason(self.weight, x.dtype, x.device)
+        if reason is not None:
+            note_fallback(self, f"weight {reason}")
             return super().forward(x)
         from fastpetl import ops
 

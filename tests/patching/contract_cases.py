@@ -248,8 +248,9 @@ def cast(name: str, model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def arguments(name: str, model: nn.Module, padded: bool = True) -> dict:
-    """The family's inputs in the model's dtype."""
+def arguments(name: str, model: nn.Module, padded: bool | None = None) -> dict:
+    """The family's inputs in the model's dtype. padded None: with a mask, if such a call is fused."""
+    padded = "mask" not in CASES[name].original if padded is None else padded
     dtype = next(model.parameters()).dtype
     given = CASES[name].inputs(padded)
     floating = {k: v for k, v in given.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
@@ -265,13 +266,13 @@ def flat(out) -> list[torch.Tensor]:
     return [t for part in out for t in flat(part)] if isinstance(out, tuple | list) else []
 
 
-def run(name: str, model: nn.Module, padded: bool = True, seed: int = 1, **asked) -> list[torch.Tensor]:
+def run(name: str, model: nn.Module, padded: bool | None = None, seed: int = 1, **asked) -> list[torch.Tensor]:
     """One forward in the model's mode. ViLT orders its patches by the global generator, also in eval: seeded."""
     torch.manual_seed(seed)
     return flat(model(**arguments(name, model, padded), **asked))
 
 
-def numbers(name: str, model: nn.Module, padded: bool = True, call=None) -> tuple[list, dict]:
+def numbers(name: str, model: nn.Module, padded: bool | None = None, call=None) -> tuple[list, dict]:
     """Outputs, and for a fixed cotangent the gradients of the inputs that are no masks and of what trains."""
     model.zero_grad(set_to_none=True)
     given = arguments(name, model, padded)
@@ -327,8 +328,10 @@ class Checkpointed(nn.Module):
         self.layer, self.reentrant = layer, reentrant
 
     def forward(self, *args, **kwargs):
-        call = functools.partial(self.layer, **kwargs)
-        return checkpoint(call, *args, use_reentrant=self.reentrant)
+        # Reentrant checkpoints detach what they are given by position only.
+        n, names = len(args), tuple(kwargs)
+        call = lambda *given: self.layer(*given[:n], **dict(zip(names, given[n:], strict=True)))  # noqa: E731
+        return checkpoint(call, *args, *kwargs.values(), use_reentrant=self.reentrant)
 
 
 def checkpointed(name: str, model: nn.Module, reentrant: bool) -> nn.Module:
