@@ -8,7 +8,6 @@ numbers (patching/_probe.py). The sublayers between them only compose; they run 
 from __future__ import annotations
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from fastpetl.nn.inline import note_fallback, tensor_reason

@@ -303,6 +303,10 @@ def fell_back(model: nn.Module) -> set[str]:
     return {m.__dict__["_fastpetl_fallback"] for m in model.modules() if m.__dict__.get("_fastpetl_fallback")}
 
 
+def rows(model: nn.Module) -> dict:
+    return {row.name: row for row in fastpetl.report(model).rows}
+
+
 def forget_fallbacks(model: nn.Module) -> None:
     for module in model.modules():
         module.__dict__.pop("_fastpetl_fallback", None)

@@ -1,4 +1,4 @@
-"""What patching must leave as it was, in every family: names, objects, hooks, copies, other models, and the way back."""
+"""What patching must leave as it was, in every family: names, objects, hooks, copies, other models, the way back."""
 
 import copy
 import io

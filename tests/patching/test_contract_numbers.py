@@ -10,7 +10,6 @@ import fastpetl
 from patching.contract_cases import (
     CASES,
     NAMES,
-    arguments,
     assert_close,
     block_call,
     both,
@@ -157,6 +156,7 @@ def test_autocast(name, train):
     autocast = lambda model: torch.autocast("cpu", torch.bfloat16)(model.forward)  # noqa: E731
     got, want = (numbers(name, model, call=autocast(model)) for model in models)
     assert [t.dtype for t in got[0]] == [t.dtype for t in want[0]]
+    assert all("autocast" in reason for reason in fell_back(models[0]))
     eps = torch.finfo(torch.bfloat16).eps
     for a, b, c in zip(got[0], want[0], truth[0], strict=True):
         assert (a - c).norm() <= 2 * (b - c).norm() + eps * c.norm()

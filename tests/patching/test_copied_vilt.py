@@ -1,17 +1,15 @@
 """Research code that was copied: ViLT's Block and DAS's adapter are found by their children and proven by numbers."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import fastpetl
 from copied_vilt import Adapter_Layer, AdapterBlock, Block, Stack
+from patching.contract_cases import assert_close, rows
 from vilt_tiny import everything, one_thread, randomize, relative  # noqa: F401
 
 MASK = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
@@ -30,28 +28,18 @@ def numbers(model, mask=MASK, train=False):
     torch.manual_seed(5)
     y = model(x, mask)
     y.square().sum().backward()
-    return y.detach(), {"x": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
+    return [y.detach()], {"x": x.grad, **{n: p.grad for n, p in model.named_parameters() if p.grad is not None}}
 
 
 def assert_same(patched, plain, **kwargs):
-    (got, got_grads), (want, want_grads) = numbers(patched, **kwargs), numbers(plain, **kwargs)
-    assert relative(got, want) <= 1e-5
-    assert got_grads.keys() == want_grads.keys()
-    scale = max(g.norm() for g in want_grads.values())
-    for name, grad in got_grads.items():
-        assert (grad - want_grads[name]).norm() <= 1e-4 * want_grads[name].norm() + 1e-6 * scale, name
+    assert_close(numbers(patched, **kwargs), numbers(plain, **kwargs))
 
 
-def rows(model):
-    return {row.name: row for row in fastpetl.report(model).rows}
-
-
-@pytest.mark.parametrize("block", [Block, AdapterBlock])
 @pytest.mark.parametrize("mask", [None, MASK])
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_same_numbers(block, mask, train, frozen):
-    plain = made(block)
+def test_without_adapters(mask, train, frozen):
+    plain = made(Block)
     for name, p in plain.named_parameters():
         p.requires_grad_(not frozen or "adapter" in name)
     patched = fastpetl.patch(copy.deepcopy(plain), strict=True)
@@ -89,19 +77,6 @@ def test_the_map_is_left_out_and_flags_may_change_between_calls():
     assert "adapter_layernorm_option is 'out'" in rows(patched)["blocks.2"].reason
 
 
-@pytest.mark.parametrize("copier", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_copies_and_pickles(copier):
-    model = fastpetl.patch(made())
-    other = copier(model)
-    assert type(other.blocks[0]) is type(model.blocks[0])
-    assert torch.equal(numbers(other)[0], numbers(model)[0])
-    assert type(fastpetl.unpatch(other).blocks[0]) is AdapterBlock and type(model.blocks[0]) is not AdapterBlock
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    assert torch.equal(numbers(torch.load(file, weights_only=False))[0], numbers(model)[0])
-
-
 def test_hooks_are_called_and_inlined_children_with_hooks_are_not_skipped():
     plain = made()
     patched, seen = fastpetl.patch(copy.deepcopy(plain)), []
@@ -110,23 +85,6 @@ def test_hooks_are_called_and_inlined_children_with_hooks_are_not_skipped():
     assert_same(patched, plain)
     assert seen == ["block", "fc1"]
     assert "mlp.fc1 has forward hooks" in rows(patched)["blocks.1"].reason
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(reentrant):
-    plain = made()
-    patched = fastpetl.patch(copy.deepcopy(plain))
-    x = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(2))
-
-    def step(model):
-        leaf, model = x.clone().requires_grad_(), model.train()
-        h = leaf
-        for block in model.blocks:
-            h = checkpoint(lambda h, block=block: block(h, mask=MASK)[0], h, use_reentrant=reentrant)
-        h.square().sum().backward()
-        return leaf.grad
-
-    assert relative(step(patched), step(plain)) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -148,18 +106,6 @@ def test_variants(kwargs, train):
     if train:  # the same draws in the same order: torch's generator
         assert_same(patched, plain, train=True)
     assert "last original forward" not in str(fastpetl.report(patched))
-
-
-def test_autocast_and_bf16():
-    plain = made()
-    patched = fastpetl.patch(copy.deepcopy(plain))
-    x = torch.randn(2, 7, 16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(patched(x, MASK), plain(x, MASK))
-    exact = plain.double()(x.double(), MASK)
-    want, got = plain.bfloat16()(x.bfloat16(), MASK), patched.bfloat16()(x.bfloat16(), MASK)
-    error = lambda y: (y.double() - exact).norm()  # noqa: E731
-    assert got.dtype == torch.bfloat16 and error(got) <= 2 * error(want) + 1e-3
 
 
 class Scaled(AdapterBlock):

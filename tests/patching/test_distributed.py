@@ -1,14 +1,19 @@
-"""Patched models under DataParallel's replicas, DistributedDataParallel and FSDP2 (gloo, two processes on the CPU)."""
+"""Patched models under DistributedDataParallel and FSDP2 (gloo, two processes on the CPU), and the methods' models
+in DataParallel's replicas (every family's: test_contract.py).
+"""
 
+import functools
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
 
 import fastpetl
 import meter_tiny
 import two_ranks
+from patching.contract_cases import CASES as FAMILIES
+from patching.contract_cases import arguments, flat, plain, replica_of
 from vilt_tiny import one_thread, randomize, relative  # noqa: F401
 from vl_tiny import TASKS, inputs, tiny, tiny_adapters
 
@@ -36,31 +41,21 @@ def build(name):
         fastpetl.attach(model, fastpetl.DASConfig(bottleneck=6, shortcut="identity"), patch=False)
         randomize(model, 0.2)
         return model, meter_tiny.inputs(4), lambda out: out.logits.square().mean()
-    sizes = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    still = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
-    model = BertModel(BertConfig(**sizes, **still, intermediate_size=64), add_pooling_layer=False)
-    given = {"input_ids": inputs(4)["input_ids"]}
-    return model.eval(), given, lambda out: out.last_hidden_state.square().mean()
+    model = plain(name)
+    given = {k: v[:2] if isinstance(v, torch.Tensor) else v for k, v in arguments(name, model).items()}  # two halves
+    loss = lambda out: flat(out)[1 if "labels" in given else 0].square().mean()  # noqa: E731
+    loss(model(**given)).backward()
+    for p in model.parameters():
+        p.requires_grad_(p.grad is not None)
+    model.zero_grad(set_to_none=True)
+    return model, given, loss
 
 
-NAMES = ("vlbart", "vlt5", *METHODS, "das_meter", "bert")
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", METHODS)
 def test_data_parallel_replicas(name):
-    """As torch.nn.parallel.replicate makes them, without its GPUs: copies whose parameters are plain attributes."""
     model, given, loss = build(name)
     want = loss(model(**given))
-    fastpetl.patch(model)
-    copies = {module: module._replicate_for_data_parallel() for module in model.modules()}
-    for module, replica in copies.items():
-        for key, child in module._modules.items():
-            replica._modules[key] = copies.get(child)
-        for key, p in module._parameters.items():
-            setattr(replica, key, None if p is None else p * 2 - p.detach())
-    replica = copies[model]
-    assert not list(replica.parameters())
-    got = loss(replica(**given))
+    got = loss(replica_of(fastpetl.patch(model))(**given))
     assert relative(got, want) <= 1e-5
     got.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -68,18 +63,19 @@ def test_data_parallel_replicas(name):
 
 # --- two processes, started once for all cases: each imports for seconds --------------------------------------------
 
-DISTRIBUTED = ("vlbart", "vlt5", "compacter", "lora", "das_meter", "bert")
-CASES = [(name, kind) for name in DISTRIBUTED for kind in ("ddp", "fsdp")]
+NAMES = ("vlbart", "vlt5", "compacter", "lora", "das_meter", "bert", "vilt", "copied_vilt", "copied_t5")
+MORE = tuple(name for name in FAMILIES if name not in NAMES)
+KINDS = ("ddp", "fsdp")
 
 
 def _rank(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    found = {}
-    for name, kind in CASES:
+    found, names = {}, Path(folder, "names").read_text().split()
+    for name, kind in product(names, KINDS):
         model, given, loss = build(name)
         fastpetl.patch(model)
-        half = {key: value[2 * rank : 2 * rank + 2] for key, value in given.items()}
+        half = {key: value.chunk(2)[rank] if hasattr(value, "chunk") else value for key, value in given.items()}
         if kind == "ddp":
             wrapped = torch.nn.parallel.DistributedDataParallel(model)  # find_unused_parameters=False
         else:
@@ -98,16 +94,27 @@ def _rank(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    two_ranks.run(__file__, folder)
-    return torch.load(folder / "found.pt", weights_only=False)
+    @functools.cache
+    def of(names):
+        folder = tmp_path_factory.mktemp("ranks")
+        Path(folder, "names").write_text(" ".join(names))
+        two_ranks.run(__file__, folder)
+        return torch.load(folder / "found.pt", weights_only=False)
+
+    return of
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+EVERY = [
+    pytest.param(name, kind, marks=pytest.mark.slow if name in MORE else ())
+    for name, kind in product((*NAMES, *MORE), KINDS)
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), EVERY)
 def test_two_processes_train_as_one(name, kind, found):
     plain, given, loss = build(name)
     loss(plain(**given)).backward()
-    grads, report = found[name, kind]
+    grads, report = found(NAMES if name in NAMES else MORE)[name, kind]
     want = {key: p.grad for key, p in plain.named_parameters() if p.grad is not None}
     assert grads.keys() == want.keys()
     scale = max(g.norm() for g in want.values())

@@ -48,39 +48,11 @@ def fell_back(model):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("norms", [False, True])
-def test_adapters(kind, padded, train, norms):
-    plain = tiny_adapters(kind, norm_before=norms, norm_after=norms)
-    patched, plain = pair(plain)
-    assert_same(patched, plain, padded=padded, train=train)
-    assert not fell_back(patched)
-
-
-@pytest.mark.parametrize("kind", TEXT)
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("train", [False, True])
-def test_plain_models(kind, frozen, train):
-    """All of it trains, or only the norms: then dx is all that frozen linears need."""
-    plain = text_model(kind)
-    for name, p in plain.named_parameters():
-        p.requires_grad_(not frozen or "norm" in name)
-    patched, plain = pair(plain)
+def test_adapters_with_norms(kind, train):
+    patched, plain = pair(tiny_adapters(kind, norm_before=True, norm_after=True))
     assert_same(patched, plain, train=train)
     assert not fell_back(patched)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_dropout_draws_what_torch_draws(kind):
-    config = {"dropout": 0.3, "activation_dropout": 0.2} if kind == "vlbart" else {"dropout_rate": 0.3}
-    patched, plain = pair(tiny_adapters(kind, config=config))
-    if kind == "vlbart":
-        assert_same(patched, plain, train=True)
-    else:  # attention drops as well, in SDPA: still torch's
-        assert_same(patched, plain, train=True)
-    other = numbers(patched, train=True, seed=2)[0]
-    assert relative(other.logits, numbers(patched, train=True, seed=1)[0].logits) > 1e-3
 
 
 def test_attention_dropout_runs_in_torch():
@@ -102,20 +74,6 @@ def test_other_configurations(kind, config):
     patched, plain = pair(text_model(kind, **config))
     assert_same(patched, plain)
     assert not fell_back(patched)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_bf16_by_the_rule_of_two(kind):
-    plain = tiny_adapters(kind)
-    exact = copy.deepcopy(plain).double()
-    patched, plain = pair(plain.bfloat16())
-    (got, got_grads), (want, want_grads) = numbers(patched), numbers(plain)
-    truth, truth_grads = numbers(exact)
-    assert got.logits.dtype == torch.bfloat16 and not fell_back(patched)
-    error = lambda a, b: (a.double() - b).norm()  # noqa: E731
-    assert error(got.logits, truth.logits) <= 2 * error(want.logits, truth.logits)
-    flat = lambda grads: torch.cat([grads[name].double().flatten() for name in sorted(truth_grads)])  # noqa: E731
-    assert error(flat(got_grads), flat(truth_grads)) <= 2 * error(flat(want_grads), flat(truth_grads))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *TEXT])
@@ -190,14 +148,6 @@ def test_nothing_else_changes(kind):
     assert relative(model(**arguments(model)).logits, fastpetl.unpatch(model)(**arguments(model)).logits) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_autocast_takes_the_original(kind):
-    patched, plain = pair(tiny_adapters(kind))
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        assert torch.equal(patched(**arguments(patched)).logits, plain(**arguments(plain)).logits)
-    assert "autocast" in str(fastpetl.report(patched))
-
-
 def test_children_that_somebody_listens_to():
     patched, plain = pair(tiny_adapters("vlbart"))
     seen = []
@@ -246,18 +196,6 @@ def test_another_transformers(monkeypatch):
         ValueError, match=r"has a BartEncoderLayer with forward\(hidden_states, layer_head_mask\), expected"
     ):
         fastpetl.patch(tiny("vlbart"), strict=True)
-
-
-@pytest.mark.parametrize("kind", TEXT)
-def test_compiled(kind):
-    patched, plain = pair(text_model(kind))
-    encoder = patched.model.encoder if kind == "bart" else patched.encoder
-    given = arguments(plain)
-    with torch.no_grad():
-        want = encoder(given["input_ids"], given["attention_mask"])[0]
-        got = torch.compile(encoder, backend="aot_eager")(given["input_ids"], given["attention_mask"])[0]
-    torch._dynamo.reset()
-    assert relative(got, want) <= 1e-5
 
 
 @pytest.mark.parametrize("where", ["self_attn", "ff_adapter"])

@@ -44,40 +44,6 @@ def test_unpatch_is_exact(make):
     assert everything(model) == before
 
 
-def test_patching_twice_is_patching_once():
-    model = tiny_das()
-    before = everything(model)
-    once = everything(fastpetl.patch(model))
-    assert everything(fastpetl.patch(model)) == once
-    assert everything(fastpetl.unpatch(model)) == before
-
-
-def test_other_models_and_classes_stay():
-    before = {name: dict(vars(getattr(modeling_vilt, name))) for name in ("ViltLayer", "ViltEncoder", "ViltModel")}
-    first, second = tiny_das(), tiny_das()
-    untouched = everything(second)
-    fastpetl.patch(first)
-    assert everything(second) == untouched
-    assert {name: dict(vars(getattr(modeling_vilt, name))) for name in before} == before
-    assert type(tiny_vilt().vilt.encoder.layer[0]) is modeling_vilt.ViltLayer
-    fastpetl.patch(second)
-    fastpetl.unpatch(first)
-    assert everything(second) != untouched
-    assert relative(run(first).logits, run(second).logits) <= 1e-4
-
-
-def test_an_optimizer_made_before_still_steps_the_weights():
-    model = tiny_das().train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    fastpetl.patch(model)
-    weight = model.vilt.encoder.layer[0].adapter0.down_proj.weight
-    before, logits = weight.detach().clone(), run(model).logits.detach()
-    run(model, labels=torch.eye(5)[:2]).loss.backward()
-    optimizer.step()
-    assert not torch.equal(weight, before)
-    assert not torch.equal(run(model).logits, logits)
-
-
 def test_hooks_of_the_block_fire():
     model, seen = tiny_das(patch=True), []
     layer = model.vilt.encoder.layer[1]
@@ -90,13 +56,6 @@ def test_hooks_of_the_block_fire():
     mask = torch.Size([2, 1, 29, 29])
     assert seen == [("pre", shape, mask), ("post", tuple, 1), "encoder", ("backward", shape)]
     assert fastpetl.report(model).declined == ()
-
-
-def test_a_hook_can_change_the_output():
-    patched, plain = pair()
-    for model in (patched, plain):
-        model.vilt.encoder.layer[1].register_forward_hook(lambda module, args, output: (output[0] * 0.5,))
-    assert relative(run(patched).logits, run(plain).logits) <= 1e-4
 
 
 def test_parameter_hooks_fire():
@@ -152,17 +111,6 @@ def test_state_dict_and_save_pretrained(tmp_path):
     assert relative(run(loaded).logits, run(model).logits) <= 1e-4
 
 
-def test_to_moves_and_casts_as_before():
-    model = tiny_das(patch=True)
-    weight = model.vilt.encoder.layer[0].intermediate.dense.weight
-    want = run(model).logits
-    assert model.double() is model and weight is model.vilt.encoder.layer[0].intermediate.dense.weight
-    assert relative(run(model).logits.float(), want) <= 1e-4
-    model.float()
-    with torch.no_grad():
-        assert relative(run(model).logits, want) <= 1e-4
-
-
 def test_data_parallel_replicas():
     """As torch.nn.parallel.replicate makes them, without its GPUs: copies whose parameters are plain attributes."""
     model = tiny_das(patch=True)
@@ -192,15 +140,6 @@ def test_strict_and_zero_matches():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastpetl.patch(tiny_das(), strict=True)
-
-
-def test_filter_fn():
-    model = tiny_das()
-    fastpetl.patch(model, filter_fn=lambda module, name: name.endswith(("layer.1", "layer.2")))
-    patched = {row.name for row in fastpetl.report(model).patched}
-    assert patched == {"vilt.encoder.layer.1", "vilt.encoder.layer.2"}
-    assert "filter_fn left it out" in str(fastpetl.report(model))
-    assert relative(run(model).logits, run(tiny_das()).logits) <= 1e-4
 
 
 def test_a_patch_that_raises_changes_nothing():

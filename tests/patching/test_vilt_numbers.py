@@ -7,19 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastpetl
-from vilt_tiny import assert_same_training, gradients, pair, relative, run, tiny_das, tiny_vilt
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("make", [tiny_vilt, tiny_das])
-def test_inference(make, padded):
-    plain = make()
-    patched = fastpetl.patch(copy.deepcopy(plain), strict=True)
-    mask = {} if padded else {"attention_mask": None}
-    with torch.no_grad():
-        want = run(plain, **mask).logits
-        assert relative(run(patched, **mask).logits, want) <= 1e-4
-        assert relative(run(patched, **mask).logits, want) <= 1e-4  # now with packed weights
+from vilt_tiny import assert_same_training, pair, relative, run, tiny_das, tiny_vilt
 
 
 def test_training_of_adapters():
@@ -55,12 +43,6 @@ def test_dropout_draws_the_same_numbers():
     patched.train(), plain.train()
     assert_same_training(patched, plain)
     assert "attention dropout 0.3" in str(fastpetl.report(patched))
-
-
-def test_dropout_changes_the_numbers():
-    model = tiny_das(patch=True, hidden_dropout_prob=0.2)
-    want = run(model).logits
-    assert relative(run(model.train()).logits, want) > 1e-3
 
 
 @pytest.mark.parametrize("activation", ["relu", "gelu_new", "gelu_10", "silu", "gelu_python"])
@@ -117,15 +99,6 @@ def test_masks_a_layer_may_get(shape):
         assert relative(got, want) <= 1e-4
 
 
-def test_autocast_is_the_original_forward():
-    patched, plain = pair()
-    with torch.autocast("cpu", torch.bfloat16):
-        got, want = run(patched).logits, run(plain).logits
-    assert got.dtype is want.dtype
-    assert torch.equal(got, want)
-    assert "autocast" in str(fastpetl.report(patched))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_dtypes(dtype):
     patched, plain = pair()
@@ -137,18 +110,6 @@ def test_other_dtypes(dtype):
     assert ours <= 2 * theirs + torch.finfo(dtype).eps * 4
     if dtype is torch.float64:
         assert "fell back" in str(fastpetl.report(patched)) and "float64" in str(fastpetl.report(patched))
-
-
-def test_training_in_bfloat16():
-    patched, plain = pair()
-    exact_logits, exact = gradients(copy.deepcopy(plain).double())
-    results = [gradients(model.bfloat16()) for model in (patched, plain)]
-    (got_logits, got), (want_logits, want) = results
-    assert relative(got_logits.double(), exact_logits) <= 2 * relative(want_logits.double(), exact_logits) + 1e-2
-    assert got.keys() == want.keys()
-    for name in want:
-        theirs = relative(want[name].double(), exact[name])
-        assert relative(got[name].double(), exact[name]) <= 2 * theirs + 2e-2, name
 
 
 def test_losses_of_fifty_steps():
