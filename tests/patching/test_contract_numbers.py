@@ -24,6 +24,8 @@ from patching.contract_cases import (
 )
 from vilt_tiny import relative
 
+AT_ONCE = ("vilt", "bert", "vlt5", "copied_bart")  # compiling takes longest: the others when slow tests run
+COMPILED = [pytest.param(name, marks=() if name in AT_ONCE else pytest.mark.slow) for name in NAMES]
 pair = functools.cache(both)  # for tests that only run them
 MODES = {"eval": (False, 0.0), "train": (True, 0.0), "dropout": (True, 0.3)}
 MASKED = [(name, padded) for name in NAMES for padded in (False, True) if CASES[name].masked or not padded]
@@ -198,7 +200,7 @@ def test_maps_and_states_that_are_asked_for(name):
     assert_close((run(name, patched), {}), (less, {}))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", COMPILED)
 def test_torch_compile(name):
     """A block in one graph, forward and backward."""
     patched, model = both(name)
