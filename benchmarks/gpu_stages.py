@@ -30,7 +30,7 @@ def dtypes() -> dict:
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def run(command, limit: float, **env) -> dict:
+def run(command, limit: float, keep: int = 6000, **env) -> dict:
     """Semantics: {"ok", "seconds", "tail"} of a command; a limit that is reached, or a missing program, is not ok. At
     the limit the command ends with all it has started; what it had printed is there."""
     start, ok = time.time(), False
@@ -52,7 +52,7 @@ def run(command, limit: float, **env) -> dict:
         except FileNotFoundError as error:
             out.write(str(error))
         out.seek(0)
-        return {"ok": ok, "seconds": round(time.time() - start, 1), "tail": out.read()[-6000:]}
+        return {"ok": ok, "seconds": round(time.time() - start, 1), "tail": out.read()[-keep:]}
 
 
 # --- stages: each returns a JSON value --------------------------------------------------------------------------------
@@ -74,12 +74,16 @@ def tests(limit):
     """The op tests that have a backend for the GPU, on its tensors."""
     if not gpu():
         return run([sys.executable, "-m", "pytest", "-q", "tests/ops/test_errors.py"], limit)
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-rf", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-m", "not slow"]
     command += ["-k", "triton or cuda or interpreter"]
     command += ["tests/ops", "tests/kernels", "--ignore=tests/kernels/test_aot.py"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(1, (os.cpu_count() or 2) - 4))]
-    found = run(command, limit - 5, FASTPETL_TEST_DEVICE="cuda")
+    found = run(command, limit - 5, keep=10**8, FASTPETL_TEST_DEVICE="cuda")
+    lines = found["tail"].splitlines()
+    passed, failed = (sum(word in line for line in lines) for word in (" PASSED ", " FAILED "))
+    told = [line for line in lines if " FAILED " in line or line.startswith(("E ", "/")) or "rror" in line]
+    found["tail"] = "\n".join([f"passed {passed}, failed {failed}", *told[:60], *lines[-15:]])
     print(found["tail"])
     return found
 

@@ -23,7 +23,7 @@ KINDS = {f"vlt5.copied_{kind}" for kind in ("attention", "norm", "feed_forward",
 def made(adapters="multiple", later=False, **kwargs):
     torch.manual_seed(3)
     model = Net(adapters=ADAPTERS[adapters], **kwargs).eval()
-    randomize(model, 0.3)
+    randomize(model, 0.15)  # at 0.3 one rounding of the weights moves gradients by 1e-4 in training: no test of 1e-5
     for module in model.modules():
         if isinstance(module, Norm):
             module.later = later
