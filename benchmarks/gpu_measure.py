@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 
-from gpu_stages import gpu, run, serving
+from gpu_stages import dtypes, gpu, keep, run, serving
 
 AUTOTUNED = ("site/vilt", "adapter/r96", "residual_norm")  # max-autotune compiles for minutes: only these
 
@@ -93,6 +93,7 @@ def ops(limit):
                     rows.append({**row, "status": "ok", **_timed(call, floor / copy)})
                 except RuntimeError as error:
                     rows.append({**row, "status": str(error)[:200]})
+        keep(rows)
     return rows
 
 
@@ -148,6 +149,7 @@ def model(limit):
             rows.append({**head, **_timed_model(work, bases[work.name], name)})
         except (RuntimeError, ValueError) as error:
             rows.append({**head, "status": str(error)[:200]})
+        keep(rows)
     return rows
 
 

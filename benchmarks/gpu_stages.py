@@ -4,6 +4,7 @@ a JSON value."""
 import concurrent.futures
 import contextlib
 import importlib.util
+import json
 import multiprocessing
 import os
 import shutil
@@ -22,6 +23,12 @@ def gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def keep(value) -> None:
+    """Semantics: writes what a stage has found so far: a limit that cuts it off leaves that."""
+    if out := os.environ.get("FASTPETL_SUITE_OUT"):
+        Path(out).write_text(json.dumps(value))
 
 
 def dtypes() -> dict:

@@ -14,6 +14,9 @@ const char* fastpetl_cpu_isa();
 int fastpetl_set_cpu_isa(const char* name);  // 0 on success
 const char* fastpetl_cpu_isas();             // space separated
 double fastpetl_cpu_fma(int64_t iterations, int threads);
+#ifdef FASTPETL_WITH_CUDA
+int fastpetl_cuda_site_fits(int r, int dtype, int backward, int device);
+#endif
 }
 
 static py::dict build_info() {
@@ -55,5 +58,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return std::string(fastpetl_cpu_isa()); }, "The instruction set the CPU kernels use now.");
   m.def("cpu_isas", &cpu_isas, "The instruction sets this build and this CPU can use.");
   m.def("fma", &fastpetl_cpu_fma, py::arg("iterations"), py::arg("threads"), "Runs FMA chains; returns the FLOP done (for measuring the peak).");
+#ifdef FASTPETL_WITH_CUDA
+  m.def("cuda_site_fits", [](int r, int dtype, bool backward, int device) { return fastpetl_cuda_site_fits(r, dtype, backward, device) != 0; },
+        py::arg("r"), py::arg("dtype"), py::arg("backward"), py::arg("device"),
+        "Whether a bottleneck fits a CUDA device's shared memory; dtype: 0 float32, 1 float16, 2 bfloat16.");
+#endif
   m.def("set_cpu_isa", &set_cpu_isa, py::arg("name"), "Use this instruction set from now on (tests, measurements).");
 }

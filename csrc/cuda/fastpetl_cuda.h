@@ -37,6 +37,8 @@ struct fp_cuda_site_backward {
 extern "C" {
 int fastpetl_cuda_site_forward(const fp_cuda_site_forward* args, int dtype, void* stream);
 int fastpetl_cuda_site_backward(const fp_cuda_site_backward* args, int dtype, void* stream);
+// Whether a bottleneck of r fits this device's shared memory, forward or backward.
+int fastpetl_cuda_site_fits(int r, int dtype, int backward, int device);
 // Rows of a block of that launch: tail_partial has rows / this, rounded up, blocks.
 int fastpetl_cuda_site_block_rows(const fp_cuda_site_backward* args, int dtype);
 

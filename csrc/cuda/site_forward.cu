@@ -237,3 +237,10 @@ extern "C" int fastpetl_cuda_site_forward(const Args* args, int dtype, void* str
   }
   return cudaErrorInvalidValue;
 }
+
+extern "C" int fastpetl_cuda_site_fits(int r, int dtype, int backward, int device) {
+  const int wide = dtype == FP_CUDA_F32;
+  const int bytes = backward ? (wide ? Layout<float, 1, true>(r).total : Layout<__half, 1, true>(r).total)
+                             : (wide ? Layout<float, 1, false>(r).total : Layout<__half, 1, false>(r).total);
+  return bytes <= shared_limit(device);
+}

@@ -5,13 +5,19 @@ Every launcher has the signature of its op's others (`_adapter.py`, `_site.py`, 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
+from .._build import extension
+
+_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 DX, DW_DOWN, DB_DOWN, DW_UP, DB_UP, DNORM_WEIGHT, DNORM_BIAS, DTAIL_WEIGHT, DTAIL_BIAS = (1 << i for i in range(9))
 
 
 def adapter_forward(*args):
     """Semantics: as `_adapter.run_forward`: the site without a tail."""
+    _check_fits(args[0], args[1], False)
     return torch.ops.fastpetl.cuda_adapter_forward.default(*args)
 
 
@@ -23,12 +29,14 @@ def adapter_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, ad
 
 def site_forward(*args):
     """Semantics: as `_site.run_forward`."""
+    _check_fits(args[0], args[1], False)
     return torch.ops.fastpetl.cuda_site_forward.default(*args)
 
 
 def site_backward(g_s, g_n, s, tail_stats, tail_weight, x, z, stats, w_down, w_up, norm_weight, norm_bias, add_x, code,
                   scale, tail, needs):  # fmt: skip
     """Semantics: as `_site.run_backward`; sums in fp32, no atomics."""
+    _check_fits(x, w_down, True)
     want_tail = bool(needs & (DTAIL_WEIGHT | DTAIL_BIAS))
     g, dx, dz, h, partial = _over_rows(
         g_s, g_n, s, tail_stats, tail_weight, x, z, stats if norm_weight is not None else None, w_down, w_up,
@@ -39,6 +47,20 @@ def site_backward(g_s, g_n, s, tail_stats, tail_weight, x, z, stats, w_down, w_u
     dweight, dbias = partial.sum(0).to(x.dtype) if want_tail else (None, None)
     grads += dweight if needs & DTAIL_WEIGHT else None, dbias if needs & DTAIL_BIAS else None
     return g, dx, *(x.new_empty(0) if t is None else t.to(x.dtype) for t in grads)
+
+
+def _check_fits(x, w_down, backward: bool) -> None:
+    if x.is_cuda and not _fits(w_down.shape[0], _CODES[x.dtype], backward, x.get_device()):
+        way = "backward" if backward else "forward"
+        raise RuntimeError(
+            f"adapter: backend is 'cuda', w_down has a bottleneck of {w_down.shape[0]}, which is too wide for this "
+            f"device's shared memory ({way}); expected a narrower one, or backend='triton'"
+        )
+
+
+@functools.cache
+def _fits(r: int, code: int, backward: bool, device: int) -> bool:
+    return extension()[0].cuda_site_fits(r, code, backward, device)
 
 
 def _over_rows(*args):
