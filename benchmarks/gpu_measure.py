@@ -7,7 +7,7 @@ import os
 import statistics
 import time
 
-from gpu_stages import dtypes, gpu, keep, run, serving
+from gpu_stages import gpu, keep, run, serving
 
 AUTOTUNED = ("site/vilt", "adapter/r96", "residual_norm")  # max-autotune compiles for minutes: only these
 
