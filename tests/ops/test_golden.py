@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from fastpetl import ops
-from ops.op_cases import ADAPTER_BACKENDS, ATTENTION_BACKENDS, using
+from ops.op_cases import ADAPTER_BACKENDS, ATTENTION_BACKENDS, DEVICE, using
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
 HEADS, BLOCKS = 4, 12
 
 
 def tensors(name):
-    return load_file(GOLDEN / f"das_vilt_{name}.safetensors")
+    return load_file(GOLDEN / f"das_vilt_{name}.safetensors", device=DEVICE)
 
 
 def adapter(w, prefix, x, *others, backend):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from fastpetl import _tuned, backends
 from fastpetl.ops import _site
 from ops.op_cases import NAMES as ADAPTER_NAMES
-from ops.op_cases import SITE_LAUNCHERS, adapter_arguments, assert_two_times, gradients, like, using
+from ops.op_cases import DEVICE, SITE_LAUNCHERS, adapter_arguments, assert_two_times, gradients, like, using
 
 ACT = [lambda z: z, F.relu, F.gelu, lambda z: F.gelu(z, approximate="tanh"), F.silu]
 RELU, GELU, TANH = 1, 2, 3
@@ -150,8 +150,8 @@ def test_only_what_is_asked_for(label):
         for needs in [*(1 << i for i in range(9)), 0, 0b110000000, 0b010101010]:
             some = launch_back(name, a, "vilt", both, g_s, g_n, needs)
             # Where no product of the adapter's is needed (db_up is a sum of g), another kernel may compute g: equal but
-            # for the order of a row's sums.
-            same = torch.equal if needs & 0b1101111 else torch.allclose
+            # for the order of a row's sums. On a GPU each subset is a kernel of its own, contracted in its own way.
+            same = torch.equal if needs & 0b1101111 and DEVICE == "cpu" else torch.allclose
             assert same(some[0], full[0])
             for i, (part, whole) in enumerate(zip(some[1:], full[1:], strict=True)):
                 assert same(part, whole) if needs >> i & 1 else part.numel() == 0, (needs, PARAMETERS[i])
