@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from fastpetl import _tuned, backends
 from fastpetl.ops import _site
-from ops.op_cases import NAMES as ADAPTER_NAMES
 from ops.op_cases import DEVICE, SITE_LAUNCHERS, adapter_arguments, assert_two_times, gradients, like, using
+from ops.op_cases import NAMES as ADAPTER_NAMES
 
 ACT = [lambda z: z, F.relu, F.gelu, lambda z: F.gelu(z, approximate="tanh"), F.silu]
 RELU, GELU, TANH = 1, 2, 3
