@@ -94,7 +94,16 @@ def test_every_configuration_compiles_for_each_architecture(op):
 
 
 def test_what_counts_as_a_complaint():
-    good = dict(arch=80, dtype="bf16", kernel="forward_fused", shared=1, stack=0, local=0, instructions={"HMMA": 1})
+    good = dict(
+        op="adapter",
+        arch=80,
+        dtype="bf16",
+        kernel="forward_fused",
+        shared=1,
+        stack=0,
+        local=0,
+        instructions={"HMMA": 1},
+    )
     site = good | dict(kernel="site_forward", barriers=1)
     assert list(complaints([good, site])) == []
     for message, change in {
