@@ -9,7 +9,6 @@ from transformers import ViltConfig, ViltForQuestionAnswering
 
 import fastpetl
 import vl_tiny
-from fastpetl import models
 from fastpetl.count import main
 from fastpetl.methods import published
 from fastpetl.models import MeterConfig, MeterForQuestionAnswering
@@ -27,8 +26,7 @@ def full_size():
 
 def full_size_macs(model, patches):
     """On the meta device nothing is computed, so the image comes embedded: the block part is what is counted."""
-    embeds = torch.empty(1, 40 + 1 + patches, 768, device="meta")
-    return fastpetl.count(model.vilt.encoder, (embeds,)).macs
+    return fastpetl.count(model.vilt.encoder, (torch.empty(1, 40 + 1 + patches, 768, device="meta"),)).macs
 
 
 def test_parameters(full_size):
@@ -395,7 +393,7 @@ def test_every_row_of_the_papers_table(model, capsys):
 def test_t5_with_its_norms_trained_as_was_meant(sharing, percent):
     """The original's flag to train VL-T5's norms had no effect; asked for by name it has: 47,616 more."""
     with torch.device("meta"):
-        model = models.VLT5(models.VLT5Config())
+        model = fastpetl.models.VLT5(fastpetl.models.VLT5Config())
         fastpetl.attach(model, fastpetl.AdapterConfig(sharing=sharing, train_norms=True), patch=False)
     counted = fastpetl.count(model)
     assert counted.trainable == TABLE["vlt5", "adapter", sharing][0] + 47_616

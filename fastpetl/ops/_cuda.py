@@ -44,7 +44,8 @@ def site_backward(g_s, g_n, s, tail_stats, tail_weight, x, z, stats, w_down, w_u
     )  # fmt: skip
     g = g_s if g_n is None else g
     grads = _weight_gradients(g, x, stats, dz, h, w_down, norm_weight, norm_bias, scale, needs)
-    dweight, dbias = partial.sum(0).to(x.dtype) if want_tail else (None, None)
+    # Two tensors, not two rows of one: an op's results share no memory.
+    dweight, dbias = (t.to(x.dtype, copy=True) for t in partial.sum(0)) if want_tail else (None, None)
     grads += dweight if needs & DTAIL_WEIGHT else None, dbias if needs & DTAIL_BIAS else None
     return g, dx, *(x.new_empty(0) if t is None else t.to(x.dtype) for t in grads)
 

@@ -67,6 +67,16 @@ def test_site_gradients_only_where_asked_for(monkeypatch):
     launchers.test_no_rows("cuda")
 
 
+def test_results_share_no_memory(monkeypatch):
+    """A registered op's results must not; in fp32 a conversion copies nothing."""
+    monkeypatch.setattr(launchers, "launcher", lambda *a: Named())
+    a = launchers.arguments(9, 40, 8, "vilt")
+    g_s, g_n = torch.randn(2, 9, 40).unbind()
+    with launchers.launcher("cuda") as name:
+        out = launchers.launch_back(name, a, "vilt", launchers.launch(name, a, "vilt"), g_s, g_n, 511)
+    assert len({t.untyped_storage().data_ptr() for t in out}) == len(out) == 10
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("arguments", [{}, dict(norm=False, bias=False, residuals=0), dict(norm_bias=False)], ids=str)
 def test_adapter_gradients(dtype, arguments):
