@@ -14,6 +14,7 @@ from . import adapter_config, launching
 from . import adapter_kernels as K
 from .adapter_config import Config
 from .launching import INTERPRETED
+from .products import product
 
 _KIND = {torch.float32: "float", torch.bfloat16: "half", torch.float16: "half"}
 _WIDEST = 1 << 22  # offsets inside a tile of 128 rows fit 32 bits
@@ -177,9 +178,9 @@ def _weight_gradients(grad, x, stats, q, h, sums, w_down, w_up, norm_weight, nor
         right = x
         if norm_weight is not None and not qscale:
             right = ((x - stats[:, :1]) * stats[:, 1:]).to(x.dtype)
-        gd = _product(q, right)
+        gd = product(q, right)
     if needs & DW_UP:
-        gu = _product(grad, h)
+        gu = product(grad, h)
 
     def like(bit, t):
         return torch.empty_like(t) if needs & bit else x.new_empty(0)
@@ -198,15 +199,6 @@ def _weight_gradients(grad, x, stats, q, h, sums, w_down, w_up, norm_weight, nor
                          *outputs, float(scale), D=d, R=r, HLD=(r // 16 + 1) * 16, BD=columns, BR=bottleneck,
                          QSCALE=qscale, num_warps=4)  # fmt: skip
     return dw_down, db_down, dw_up, db_up, dgamma, dbeta
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a^T b summed and returned in fp32."""
-    if a.dtype == torch.float32:
-        return torch.mm(a.t(), b)
-    if a.is_cuda:
-        return torch.mm(a.t(), b, out_dtype=torch.float32)
-    return torch.mm(a.t().float(), b.float())
 
 
 def _down(cfg, w_down, b_down, norm_weight, norm_bias):

@@ -1,5 +1,5 @@
 // Compaction: rows gathered, put back and added up, with a count that may be data on the device. No float atomics.
-// Never yet run on a GPU, as site_forward.cu.
+// Taken only by name (backend="cuda"); not timed.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>

@@ -4,7 +4,6 @@
 // The weights' gradients are sums over all rows, dWd = dz^T own(x) and dWu = g^T h: they are left to cuBLAS, called from
 // Python on the dz and h written here. A block of this kernel cannot hold them (2 * r * d floats), partial sums of its
 // own would be written and read again for every few rows, and cuBLAS is deterministic and bound by memory there.
-// Never yet timed or run on a GPU, as site_forward.cu.
 #include <initializer_list>
 
 #include "cuda/fastpetl_cuda.h"
