@@ -45,6 +45,7 @@ BACKENDS = {
     "linear": ("cpp", "onednn", "torch", "reference"),
     "attention": ("cpp", "torch", "reference"),
     "residual_norm": ("cpp", "triton", "torch", "reference"),
+    "relu_dropout": ("cpp", "torch", "reference"),
     "phm": ("cpp", "triton", "reference"),
     "rows": ("triton", "cuda", "reference"),
     "multi_adapter": ("triton", "composed", "reference"),
@@ -58,6 +59,7 @@ _AUTO = {
     ("attention", "cpu"): ("cpp", "reference", "torch"),
     ("residual_norm", "cpu"): ("cpp", "torch"),
     ("residual_norm", "cuda"): ("triton", "torch"),
+    ("relu_dropout", "cpu"): ("cpp", "torch"),
     ("phm", "cpu"): ("cpp", "reference"),
     ("phm", "cuda"): ("triton", "reference"),
     ("rows", "cuda"): ("triton", "reference"),
@@ -69,12 +71,14 @@ _ELSEWHERE = {  # devices without kernels of ours
     "linear": "torch",
     "attention": "torch",
     "residual_norm": "torch",
+    "relu_dropout": "torch",
     "phm": "reference",
     "rows": "reference",
     "multi_adapter": "composed",  # of `adapter` calls, each with a backend of its own
 }
 _NAMES = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
 BY_SIZE = "by size"  # in place of a backend's name: each call asks the table of its GPU (`of_size`)
+_KERNELS = {"relu_dropout": "activation"}  # where csrc/cpu's name is another
 MAX_HEAD_DIM = 128  # csrc/cpu's attention keeps one head's row in registers
 
 
@@ -140,8 +144,9 @@ def _verify_cpp(op, device, dtype, head_dim):
     module, reason = extension()
     if module is None:
         return False, reason
-    if not hasattr(torch.ops.fastpetl, f"cpu_{op}_forward"):
-        return False, f"fastpetl._C was built without cpu_{op}_forward"
+    kernel = f"cpu_{_KERNELS.get(op, op)}_forward"
+    if not hasattr(torch.ops.fastpetl, kernel):
+        return False, f"fastpetl._C was built without {kernel}"
     return True, "the C++ kernels are built"
 
 

@@ -137,6 +137,76 @@ Tensor linear_backward(const Tensor& grad, const Tensor& x, const Tensor& stats,
   return dx;
 }
 
+// A GELU in front of one weight set, its derivative kept as a code (cpu/activation_impl.h) instead of x
+const Tensor& coded(const Tensor& x, int64_t k, const char* op) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.scalar_type() == ScalarType::Float && k % 32 == 0, op, ": x must be 2-D float32, a multiple of 32 wide");
+  return x;
+}
+Tensor make_code(const Tensor& like, std::vector<int64_t> size) { return make(like, size, ScalarType::Byte); }
+uint8_t* in_code(const Tensor& code, int64_t bytes, const char* op) {
+  STD_TORCH_CHECK(code.is_contiguous() && code.scalar_type() == ScalarType::Byte && code.numel() == bytes, op, ": code has the wrong size");
+  return static_cast<uint8_t*>(const_cast<void*>(code.const_data_ptr()));
+}
+std::tuple<Tensor, Tensor> linear_forward_coded(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
+  const char* op = "cpu_linear_forward_coded";
+  Weights ws(weights, op);
+  const int64_t rows = coded(x, ws.k, op).size(0);
+  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), op, ": biases must be empty or one per weight");
+  for (size_t i = 0; i < biases.size(); ++i) ws.b.push_back(in(biases[i], x, ws.n[i], op, "biases"));
+  Tensor y = make(x, {rows, ws.total}), code = make_code(x, {rows, ws.k / 2 * 5});
+  fp_linear a{};
+  ws.fill(a);
+  in(weights[0], x, ws.n[0] * ws.k, op, "weights");
+  a.x = in(x, x, rows * ws.k, op, "x");
+  a.out = out(y), a.code = static_cast<uint8_t*>(out(code)), a.rows = rows, a.prologue = FP_PROLOGUE_GELU;
+  if (rows) fp_active()->linear_forward(a, FP_F32);
+  return {y, code};
+}
+Tensor linear_backward_coded(const Tensor& grad, const Tensor& code, std::vector<Tensor> weights) {
+  const char* op = "cpu_linear_backward_coded";
+  Weights ws(weights, op);
+  const int64_t rows = coded(grad, ws.k, op).size(0);
+  Tensor dx = make(grad, {rows, ws.k});
+  fp_linear a{};
+  ws.fill(a);
+  in(weights[0], grad, ws.n[0] * ws.k, op, "weights");
+  a.grad = in(grad, grad, rows * ws.total, op, "grad");
+  a.code = in_code(code, rows * (ws.k / 2 * 5), op);
+  a.out = out(dx), a.rows = rows, a.prologue = FP_PROLOGUE_GELU;
+  if (rows) fp_active()->linear_backward(a, FP_F32);
+  return dx;
+}
+
+fp_activation_code activation_args(const Tensor& x, int64_t activation, const char* op) {
+  STD_TORCH_CHECK(activation == FP_RELU || activation == FP_GELU, op, ": activation must be ReLU or GELU");
+  STD_TORCH_CHECK(x.dim() == 2 && (activation == FP_RELU || x.size(1) % 32 == 0), op, ": x must be 2-D, for GELU a multiple of 32 wide");
+  fp_activation_code a{};
+  a.x = in(x, x, x.numel(), op, "x"), a.rows = x.size(0), a.k = x.size(1), a.activation = activation;
+  return a;
+}
+// (act(x), code), or with `activated` (nothing, x's code): x is ReLU's result already
+std::tuple<Tensor, Tensor> activation_forward(const Tensor& x, int64_t activation, bool activated) {
+  const char* op = "cpu_activation_forward";
+  const int dtype = code(x, op);
+  fp_activation_code a = activation_args(x, activation, op);
+  STD_TORCH_CHECK(!activated || activation == FP_RELU, op, ": activated is for ReLU");
+  Tensor y = make(x, activated ? std::vector<int64_t>{0} : std::vector<int64_t>{a.rows, a.k});
+  Tensor kept = make_code(x, activation == FP_RELU ? std::vector<int64_t>{(x.numel() + 7) / 8} : std::vector<int64_t>{a.rows, a.k / 2 * 5});
+  a.out = out(y), a.code = static_cast<uint8_t*>(out(kept));
+  if (x.numel()) fp_active()->activation_forward(a, dtype);
+  return {y, kept};
+}
+Tensor activation_backward(const Tensor& grad, const Tensor& kept, int64_t activation, double scale) {
+  const char* op = "cpu_activation_backward";
+  const int dtype = code(grad, op);
+  fp_activation_code a = activation_args(grad, activation, op);
+  a.code = in_code(kept, activation == FP_RELU ? (grad.numel() + 7) / 8 : a.rows * (a.k / 2 * 5), op);
+  Tensor dx = make(grad, {a.rows, a.k});
+  a.out = out(dx), a.scale = scale;
+  if (grad.numel()) fp_active()->activation_backward(a, dtype);
+  return dx;
+}
+
 Tensor linear_pack(std::vector<Tensor> weights, bool transposed) {
   const char* op = "cpu_linear_pack";
   Weights ws(weights, op);
@@ -190,6 +260,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpetl, m) {
   m.def("cpu_linear_forward(Tensor x, Tensor[] weights, Tensor[] biases, int prologue, Tensor? norm_weight, Tensor? norm_bias, float eps, "
         "Tensor? packed) -> (Tensor, Tensor)");
   m.def("cpu_linear_backward(Tensor grad, Tensor x, Tensor stats, Tensor[] weights, int prologue, Tensor? norm_weight, Tensor? packed) -> Tensor");
+  m.def("cpu_linear_forward_coded(Tensor x, Tensor[] weights, Tensor[] biases) -> (Tensor, Tensor)");
+  m.def("cpu_linear_backward_coded(Tensor grad, Tensor code, Tensor[] weights) -> Tensor");
+  m.def("cpu_activation_forward(Tensor x, int activation, bool activated) -> (Tensor, Tensor)");
+  m.def("cpu_activation_backward(Tensor grad, Tensor code, int activation, float scale) -> Tensor");
   m.def("cpu_linear_pack(Tensor[] weights, bool transposed) -> Tensor");
   m.def("cpu_attention_forward(Tensor qkv, Tensor? key_mask, int heads, float scale, bool save) -> (Tensor, Tensor)");
   m.def("cpu_attention_backward(Tensor grad, Tensor qkv, Tensor? key_mask, Tensor out, Tensor lse, int heads, float scale) -> Tensor");
@@ -199,6 +273,10 @@ STABLE_TORCH_LIBRARY_IMPL(fastpetl, CPU, m) {
   m.impl("cpu_adapter_backward", TORCH_BOX(&adapter_backward));
   m.impl("cpu_linear_forward", TORCH_BOX(&linear_forward));
   m.impl("cpu_linear_backward", TORCH_BOX(&linear_backward));
+  m.impl("cpu_linear_forward_coded", TORCH_BOX(&linear_forward_coded));
+  m.impl("cpu_linear_backward_coded", TORCH_BOX(&linear_backward_coded));
+  m.impl("cpu_activation_forward", TORCH_BOX(&activation_forward));
+  m.impl("cpu_activation_backward", TORCH_BOX(&activation_backward));
   m.impl("cpu_linear_pack", TORCH_BOX(&linear_pack));
   m.impl("cpu_attention_forward", TORCH_BOX(&attention_forward));
   m.impl("cpu_attention_backward", TORCH_BOX(&attention_backward));

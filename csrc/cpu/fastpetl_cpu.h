@@ -43,9 +43,21 @@ struct fp_linear {
   const void *norm_weight, *norm_bias;
   void* out;                // forward: y [rows, sum n].  backward: dx [rows, k]
   float* stats;             // LayerNorm prologue: written by forward (may be null), read by backward
+  uint8_t* code;            // GELU prologue, k a multiple of 32: its derivative (activation_impl.h), written by forward and
+                            // read by backward instead of x; or null
   int64_t rows;
   int k, count, prologue;
   float eps;
+};
+// forward: out = act(x), out null for x activated already; backward: out = scale * x * act'. act: FP_RELU or, with k a
+// multiple of 32, FP_GELU. code: ceil(rows k / 8) bytes for ReLU, rows of 5 k / 2 bytes for GELU (activation_impl.h).
+struct fp_activation_code {
+  const void* x;
+  void* out;
+  uint8_t* code;
+  int64_t rows;
+  int k, activation;
+  float scale;              // backward of ReLU only: what dropout behind it multiplies by
 };
 // out = softmax(scale * q k^T + key_mask) v per head; qkv [batch, tokens, 3, heads, head_dim].
 struct fp_attention {
@@ -95,6 +107,8 @@ struct fp_kernels {
   void (*attention_backward)(const fp_attention&, int dtype);
   void (*residual_norm_forward)(const fp_residual_norm&, int dtype);
   void (*residual_norm_backward)(const fp_residual_norm&, int dtype);
+  void (*activation_forward)(const fp_activation_code&, int dtype);
+  void (*activation_backward)(const fp_activation_code&, int dtype);
   void (*phm_forward)(const fp_phm&, int dtype);
   void (*phm_backward)(const fp_phm&, int dtype);
   double (*fma_chains)(int64_t iterations, int threads);  // for measuring the peak

@@ -1,4 +1,5 @@
 // One instruction set's table. Included by isa_*.cpp after FP_ISA, FP_TABLE and FP_ENGINE(T) are defined.
+#include "activation_impl.h"
 #include "adapter_backward_impl.h"
 #include "attention_impl.h"
 #include "linear_impl.h"
@@ -30,6 +31,8 @@ static size_t pack_bytes(int k, int n, int dtype, int transposed) { FP_BY_TYPE(r
 static void pack(const fp_linear& a, void* out, int dtype, int transposed) { FP_BY_TYPE(Linear<T, E>::pack(a, out, transposed)) }
 static void attention_forward(const fp_attention& a, int dtype) { FP_BY_TYPE(Attention<T, E>::forward(a)) }
 static void attention_backward(const fp_attention& a, int dtype) { FP_BY_TYPE(Attention<T, E>::backward(a)) }
+static void activation_forward(const fp_activation_code& a, int dtype) { FP_BY_TYPE((void)sizeof(E); Activation<T>::forward(a)) }
+static void activation_backward(const fp_activation_code& a, int dtype) { FP_BY_TYPE((void)sizeof(E); Activation<T>::backward(a)) }
 static void phm_forward(const fp_phm& a, int dtype) { FP_BY_TYPE(Phm<T, E>::forward(a)) }
 static void phm_backward(const fp_phm& a, int dtype) { FP_BY_TYPE(Phm<T, E>::backward(a)) }
 
@@ -56,6 +59,6 @@ static double fma_chains(int64_t iterations, int threads) {
 extern const fp_kernels table;
 const fp_kernels table = {FP_NAME, adapter_forward, adapter_backward, linear_forward, linear_backward, pack_bytes, pack,
                           attention_forward, attention_backward, residual_norm_forward, residual_norm_backward,
-                          phm_forward, phm_backward, fma_chains};
+                          activation_forward, activation_backward, phm_forward, phm_backward, fma_chains};
 
 }  // namespace FP_ISA

@@ -1,7 +1,7 @@
 // Frozen linears side by side, y = p(x) [W_0; W_1; ...]^T + b, with the layer norm or GELU in front applied while A is
 // packed, and the matching input gradient. Row blocks run in parallel; a row's result does not depend on the split.
 #pragma once
-#include "pack.h"
+#include "activation_impl.h"
 
 namespace FP_ISA {
 
@@ -99,7 +99,9 @@ template <class T, class E> struct Linear {
             E::put_a_row(ap, kn, i, row + k0);
           } else {
             load_row(x + i * a.k + k0, row, kn, E::pad_k(kn));
-            if (a.prologue == FP_PROLOGUE_GELU)
+            if (a.code)
+              GeluCode::activate_row(row, kn, a.code + (r0 + i) * GeluCode::row_bytes(a.k), a.k, k0);
+            else if (a.prologue == FP_PROLOGUE_GELU)
               for (int64_t j = 0; j < kn; j += VL) store(row + j, activate(GELU, load(row + j)));
             E::put_a_row(ap, kn, i, row);
           }
@@ -138,12 +140,14 @@ template <class T, class E> struct Linear {
       block(m, n, a.k, b, norm, &c, fill, [&](int64_t p, const float* cp) {
         if (norm) return;
         const int64_t j0 = p * E::NP, nc = a.k - j0 < E::NP ? a.k - j0 : E::NP;
-        const bool gelu = a.prologue == FP_PROLOGUE_GELU;
+        const bool gelu = a.prologue == FP_PROLOGUE_GELU && !a.code;
         for (int64_t i = 0; i < m; ++i) {
           const int64_t at = i * a.k + j0;
+          const uint8_t* code = a.code ? a.code + (r0 + i) * GeluCode::row_bytes(a.k) : nullptr;
           if (gelu) fetch(x + at + E::NP, E::NP * sizeof(T));  // the next panel's, needed after its product
           for (int64_t j = 0; j < nc; j += VL) {
             vf v = load(cp + i * E::NP + j);
+            if (code) v *= GeluCode::get(code, a.k, j0 + j);
             if (gelu) v *= activate_grad(GELU, load(x + at + j, nc - j));
             large ? stream(dx + at + j, v, nc - j) : store(dx + at + j, v, nc - j);
           }

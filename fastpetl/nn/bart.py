@@ -14,7 +14,7 @@ from fastpetl.nn.adapter_controller import controller_site
 from fastpetl.nn.bart_adapters import AdapterBartDecoderLayer, AdapterBartEncoderLayer
 from fastpetl.nn.inline import structure
 from fastpetl.nn.lora import LoRALinear, beside_others
-from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
+from fastpetl.nn.parts import Fused, activate, cached_keys, drop, exact_gelu, heads, interface
 from fastpetl.nn.task_layers import routed
 
 _FEED_FORWARD = structure(fc1=nn.Linear, fc2=nn.Linear)
@@ -45,6 +45,12 @@ class FusedBartAttention(Fused, hf.BartAttention):
             q, *kv = qkv.chunk(3, -1)
         else:
             q, kv = self._linear(x, self.q_proj, slot="q"), None
+        dropout = self.dropout if self.training else 0.0
+        if source is not None and past_key_values is None and not lora:
+            options = {"heads": self.num_heads, "scaling": self.scaling, "dropout": dropout, **kwargs}
+            out = self._few_queries(q, source, self.k_proj, self.v_proj, attention_mask, **options)
+            if out is not None:
+                return self._linear(out, self.out_proj, slot="out"), None
 
         def keys():
             if lora:
@@ -56,7 +62,6 @@ class FusedBartAttention(Fused, hf.BartAttention):
 
         k, v = cached_keys(self, past_key_values, source, keys)
         attend = interface(self, hf.eager_attention_forward)
-        dropout = self.dropout if self.training else 0.0
         out, weights = attend(
             self, heads(q, size), k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
         )
@@ -87,7 +92,7 @@ class _FusedLayer(Fused):
         dropped = self.training and self.activation_dropout > 0
         if exact_gelu(self.activation_fn) and not dropped:
             return self._linear(h, self.fc2, slot="fc2", activation="gelu")
-        h = drop(self.activation_fn(h), self.activation_dropout, self.training)
+        h = activate(h, self.activation_fn, self.activation_dropout, self.training, self._fastpetl_backend)
         return self._linear(h, self.fc2, slot="fc2")
 
 

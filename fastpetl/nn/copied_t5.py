@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from fastpetl.nn.inline import note_fallback, tensor_reason
-from fastpetl.nn.parts import Fused, attend, drop, exact_gelu, heads
+from fastpetl.nn.parts import Fused, activate, attend, drop, exact_gelu, heads
 from fastpetl.nn.t5 import DENSE, GATED, PROJECTIONS
 
 
@@ -101,7 +101,8 @@ class CopiedT5DenseReluDense(Fused):
         h = self._linear(hidden_states, self.wi, slot="wi")
         if exact_gelu(act) and not (self.dropout.training and self.dropout.p > 0):
             return self._linear(h, self.wo, slot="wo", activation="gelu")
-        return self._linear(drop(act(h), self.dropout.p, self.dropout.training), self.wo, slot="wo")
+        h = activate(h, act, self.dropout.p, self.dropout.training, self._fastpetl_backend)
+        return self._linear(h, self.wo, slot="wo")
 
 
 class CopiedT5DenseGatedDense(Fused):

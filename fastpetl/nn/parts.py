@@ -11,7 +11,7 @@ from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastpetl.nn.adapted import AdaptedLinear
-from fastpetl.nn.inline import call_reason, note_fallback
+from fastpetl.nn.inline import HOOKS, call_reason, note_fallback
 from fastpetl.nn.lora import FusedLoRALinear, beside_others
 
 
@@ -78,6 +78,25 @@ class Fused:
 
         return ops.attention(qkv, heads, key_mask=additive, scale=float(scaling), backend=self._op("attention"))
 
+    def _few_queries(self, q, source, key: nn.Linear, value: nn.Linear, mask, *, heads, scaling, dropout, **kwargs):
+        """Semantics: cross-attention of a few queries, with keys and values never made; None where that would not save
+        work, or the configuration, a gradient or the device asks for them. CPU and fp32 only: not measured elsewhere.
+        """
+        if not q.is_cpu or q.dtype != torch.float32 or torch.compiler.is_compiling() or kwargs.get("output_attentions"):
+            return None
+        if self.config._attn_implementation != "sdpa" or type(key) is not nn.Linear or type(value) is not nn.Linear:
+            return None
+        if mask is None and q.shape[1] > 1 and getattr(self, "is_causal", True):  # as SDPA's caller would take it
+            return None
+        from fastpetl import ops
+        from fastpetl.ops._common import needs_grad
+
+        sizes = q.shape[1], source.shape[1], source.shape[2], heads
+        if not ops.cross_attention_saves(*sizes) or needs_grad(mask, *key.parameters(), *value.parameters()):
+            return None
+        options = {"heads": heads, "mask": mask, "scale": float(scaling), "dropout": dropout}
+        return ops.cross_attention(q, source, key.weight, value.weight, value.bias, **options)
+
     def _add_norm(self, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm, own: bool = True) -> torch.Tensor:
         """Semantics: norm(x + f); own: nobody else has seen f, it may be written to."""
         from fastpetl import ops
@@ -96,6 +115,25 @@ def exact_gelu(activation) -> bool:
 def drop(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     """Semantics: F.dropout; torch's own draws, so that a seed means what it means unpatched."""
     return F.dropout(x, p) if training and p > 0 else x
+
+
+def activate(h: torch.Tensor, activation, p: float, training: bool, backend: str = "auto") -> torch.Tensor:
+    """Semantics: drop(activation(h)); a ReLU and what is dropped keep one bit an element for the backward."""
+    from fastpetl import ops
+    from fastpetl.backends import for_op
+
+    p = p if training else 0.0
+    if is_relu(activation):
+        return ops.relu_dropout(h, p, backend=for_op("relu_dropout", backend))
+    return drop(activation(h), p, True)
+
+
+def is_relu(activation) -> bool:
+    """Semantics: is it torch's ReLU, with nobody listening?"""
+    if activation is F.relu or activation is torch.relu:
+        return True
+    state = activation.__dict__ if type(activation) is nn.ReLU else None
+    return state is not None and "forward" not in state and not any(state[hooks] for hooks in HOOKS)
 
 
 def key_mask(mask: torch.Tensor | None, batch: int, keys: int) -> tuple[bool, torch.Tensor | None]:

@@ -8,7 +8,7 @@ from transformers.models.t5 import modeling_t5 as hf
 
 from fastpetl.nn.inline import note_fallback, structure, tensor_reason
 from fastpetl.nn.lora import LoRALinear, beside_others
-from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
+from fastpetl.nn.parts import Fused, activate, cached_keys, drop, exact_gelu, heads, interface
 
 LORA_PROJECTIONS = structure(k=nn.Linear, o=nn.Linear)  # LoRALinears are called, or merged
 PROJECTIONS = structure(q=nn.Linear, k=nn.Linear, v=nn.Linear, o=nn.Linear)
@@ -35,6 +35,18 @@ class FusedT5Attention(Fused, hf.T5Attention):
             q, *kv = self._linear(x, self.q, self.k, self.v, slot="qkv").chunk(3, -1)
         else:
             q, kv = self._linear(x, self.q, slot="q"), None
+        dropout = self.dropout if self.training else 0.0
+        if source is not None and past is None and not lora and (mask is not None or not self.is_causal):
+            if position_bias is None:
+                position_bias = self._bias(q, source.shape[1], seen)
+            bias = position_bias
+            if mask is not None:  # as transformers joins them for SDPA
+                joined = mask.dtype == torch.bool
+                bias = torch.where(mask, bias, torch.finfo(q.dtype).min) if joined else bias + mask
+            options = {"heads": self.n_heads, "scaling": self.scaling, "dropout": dropout, **kwargs}
+            out = self._few_queries(q, source, self.k, self.v, bias, **options)
+            if out is not None:
+                return self._linear(out, self.o, slot="o"), position_bias, None
 
         def keys():
             if lora:
@@ -48,7 +60,6 @@ class FusedT5Attention(Fused, hf.T5Attention):
         if position_bias is None:
             position_bias = self._bias(q, k.shape[-2], seen)
         attend = interface(self, hf.eager_attention_forward)
-        dropout = self.dropout if self.training else 0.0
         out, weights = attend(
             self,
             heads(q, size),
@@ -95,7 +106,8 @@ class FusedT5DenseActDense(Fused, hf.T5DenseActDense):
         h = self._linear(hidden_states, self.wi, slot="wi")
         if exact_gelu(self.act) and not (self.dropout.training and self.dropout.p > 0):
             return self._linear(h, self.wo, slot="wo", activation="gelu")
-        return self._linear(drop(self.act(h), self.dropout.p, self.dropout.training), self.wo, slot="wo")
+        h = activate(h, self.act, self.dropout.p, self.dropout.training, self._fastpetl_backend)
+        return self._linear(h, self.wo, slot="wo")
 
 
 class FusedT5DenseGatedActDense(Fused, hf.T5DenseGatedActDense):

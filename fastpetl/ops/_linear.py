@@ -14,6 +14,16 @@ from ._common import dense, wide
 from ._measured import rows_class
 
 NONE, NORM, GELU = 0, 1, 2  # prologues; the ABI of csrc/cpu
+CODED = 3  # GELU, its derivative kept in 20 bits an element (csrc/cpu/activation_impl.h) in place of x: run_*_coded
+
+
+def codes(backend, x, prologue) -> bool:
+    """Semantics: does a training forward keep the code of GELU's derivative, 5/8 of x? fp32 on the CPU, a multiple of
+    32 wide; a backend of other libraries asked for by name keeps x.
+    """
+    if prologue != GELU or x.dtype != torch.float32 or not x.is_cpu or x.shape[-1] % 32 or x.numel() == 0:
+        return False
+    return "cpp" in backends.serving("linear", backend, "cpu", x.dtype)
 
 
 def run_forward(backend, x, weights, biases, prologue, weight, bias, eps, cache=None):
@@ -31,6 +41,23 @@ def run_forward(backend, x, weights, biases, prologue, weight, bias, eps, cache=
 
     name = _choose("forward", names, runs, x, weights, prologue, cache)
     return _FORWARD[name](*args, cache)
+
+
+def run_forward_coded(backend, x, weights, biases):
+    """Semantics: (y, code): as run_forward behind a GELU, and what run_backward takes as x with the prologue CODED."""
+    weights, biases = [w.contiguous() for w in weights], [b.contiguous() for b in biases]
+    names = backends.serving("linear", backend, "cpu", x.dtype)
+
+    def run(name):
+        if name == "cpp":
+            return torch.ops.fastpetl.cpu_linear_forward_coded(x, weights, biases)
+        h, code = torch.ops.fastpetl.cpu_activation_forward(x, GELU, False)
+        return _FORWARD[name](h, weights, biases, NONE, None, None, 0.0, None)[0], code
+
+    def runs():
+        return {n: lambda n=n: run(n)[0] for n in names}
+
+    return run(_choose("forward", names, runs, x, weights, CODED, None))
 
 
 def _choose(direction, names, runs, x, weights, prologue, cache):
@@ -112,6 +139,8 @@ def _prologue_backward(dp, x, stats, prologue, weight):
         w = _like_stats(weight, x)
         mask = [True, False, False]
         return torch.ops.aten.native_layer_norm_backward(dp, x, x.shape[-1:], mean, rstd, w, None, mask)[0]
+    if prologue == CODED:
+        return torch.ops.fastpetl.cpu_activation_backward(dp, x, GELU, 1.0)
     return torch.ops.aten.gelu_backward(dp, x, approximate="none") if prologue == GELU else dp
 
 
@@ -129,6 +158,8 @@ def _cpp_forward(x, weights, biases, prologue, weight, bias, eps, cache):
 
 
 def _cpp_backward(grad, x, stats, weights, prologue, weight):
+    if prologue == CODED:
+        return torch.ops.fastpetl.cpu_linear_backward_coded(grad, x, weights)
     x = grad.new_empty(0, weights[0].shape[1]) if x is None else x
     return torch.ops.fastpetl.cpu_linear_backward(grad, x, stats, weights, prologue, weight, None)
 
