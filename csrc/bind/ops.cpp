@@ -236,7 +236,7 @@ std::tuple<Tensor, Tensor> attention_forward(const Tensor& qkv, const MaybeTenso
   if (o.numel()) fp_active()->attention_forward(a, dtype);
   return {o, lse};
 }
-Tensor attention_backward(const Tensor& grad, const Tensor& qkv, const MaybeTensor& key_mask, const Tensor& o, const Tensor& lse, int64_t heads, double scale) {
+Tensor attention_backward(const Tensor& grad, const Tensor& qkv, const MaybeTensor& key_mask, const MaybeTensor& o, const Tensor& lse, int64_t heads, double scale) {
   const char* op = "cpu_attention_backward";
   const int dtype = code(qkv, op);
   fp_attention a = attention_args(qkv, key_mask, heads, scale, op);
@@ -266,7 +266,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpetl, m) {
   m.def("cpu_activation_backward(Tensor grad, Tensor code, int activation, float scale) -> Tensor");
   m.def("cpu_linear_pack(Tensor[] weights, bool transposed) -> Tensor");
   m.def("cpu_attention_forward(Tensor qkv, Tensor? key_mask, int heads, float scale, bool save) -> (Tensor, Tensor)");
-  m.def("cpu_attention_backward(Tensor grad, Tensor qkv, Tensor? key_mask, Tensor out, Tensor lse, int heads, float scale) -> Tensor");
+  m.def("cpu_attention_backward(Tensor grad, Tensor qkv, Tensor? key_mask, Tensor? out, Tensor lse, int heads, float scale) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastpetl, CPU, m) {
   m.impl("cpu_adapter_forward", TORCH_BOX(&adapter_forward));

@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const MaybeTensor& g_s, const Tensor& g_n, const Tensor& s, const Tensor& tail_stats, const Tensor& tail_weight, const Tensor& x, const Tensor& z,
     const Tensor& stats, const Tensor& w_down, const Tensor& w_up, const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, bool add_x,
-    int64_t activation, double scale, int64_t tail, int64_t needs) {
+    int64_t activation, double scale, int64_t tail, int64_t needs, const MaybeTensor& tail_bias, bool s_is_n) {
   const char* op = "cpu_site_backward";
   const int dtype = code(x, op);
   STD_TORCH_CHECK(x.dim() == 2 && w_down.dim() == 2, op, ": x and w_down must be 2-D");
@@ -42,6 +42,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   fp_adapter_backward a{};
   a.g_s = in(g_s, x, rows * d, op, "g_s"), a.g_n = in(g_n, x, rows * d, op, "g_n"), a.y = in(s, x, rows * d, op, "s");
   a.tail_stats = in_float(tail_stats, rows * 2, op, "tail_stats"), a.tail_weight = in(tail_weight, x, d, op, "tail_weight");
+  a.tail_bias = in(tail_bias, x, d, op, "tail_bias"), a.y_is_n = s_is_n;
   a.x = in(x, x, rows * d, op, "x"), a.z = in(z, x, rows * r, op, "z");
   a.stats = norm_weight ? in_float(stats, rows * 2, op, "stats") : nullptr;
   a.w_down = in(w_down, x, r * d, op, "w_down"), a.w_up = in(w_up, x, d * r, op, "w_up");
@@ -64,7 +65,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpetl, m) {
         "Tensor? res2, Tensor tail_weight, Tensor? tail_bias, bool add_x, float eps, int activation, float scale, int tail, float tail_eps, "
         "bool emit_s, bool save) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_site_backward(Tensor? g_s, Tensor g_n, Tensor s, Tensor tail_stats, Tensor tail_weight, Tensor x, Tensor z, Tensor stats, Tensor w_down, "
-        "Tensor w_up, Tensor? norm_weight, Tensor? norm_bias, bool add_x, int activation, float scale, int tail, int needs) -> "
+        "Tensor w_up, Tensor? norm_weight, Tensor? norm_bias, bool add_x, int activation, float scale, int tail, int needs, Tensor? tail_bias=None, "
+        "bool s_is_n=False) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastpetl, CPU, m) {

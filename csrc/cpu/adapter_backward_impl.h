@@ -42,6 +42,7 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
     if (p.dx || dz) b.wu = AdapterBackward::pack_weight_rows(Slot::W_UP, p.w_up, d, r);
     if (p.dx) b.wd = AdapterBackward::pack_weight_rows(Slot::W_DOWN, p.w_down, r, d);
     b.gamma = load_vector<T>(Slot::GAMMA, p.norm_weight, d), b.tail_gamma = load_vector<T>(Slot::TAIL_GAMMA, p.tail_weight, d);
+    if (p.tail && p.y_is_n) tail_inverse(b, load_vector<T>(Slot::BETA, p.tail_bias, d), d);
     if (dz) b.dz = scratch<float>(Slot::DZ, rows * r + 64);
     if (PLAIN && p.dw_up) b.h = scratch<float>(Slot::H, rows * r + 64);
     RowSums& s = b.sums;
@@ -51,6 +52,15 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
     memset(s.total, 0, s.stride * 4);
     if (dz || norm) s.parts = scratch<float>(Slot::PARTS, (rows + s.unit - 1) / s.unit * s.stride);
     return b;
+  }
+  // xhat = n inverse + shift
+  static void tail_inverse(BackwardRows<Elem>& b, const float* beta, int64_t d) {
+    float *inverse = scratch<float>(Slot::TAIL_INVERSE, round_up(d, 64) + 64), *shift = scratch<float>(Slot::TAIL_SHIFT, round_up(d, 64) + 64);
+    for (int64_t j = 0; j < round_up(d, 64); ++j) {
+      inverse[j] = j < d ? 1.f / b.tail_gamma[j] : 0.f;
+      shift[j] = j < d && beta ? -beta[j] * inverse[j] : 0.f;
+    }
+    b.tail_inverse = inverse, b.tail_shift = shift;
   }
   static fp_adapter_backward slice(const fp_adapter_backward& p, int64_t row, int64_t rows) {
     fp_adapter_backward q = p;

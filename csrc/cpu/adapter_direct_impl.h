@@ -32,7 +32,7 @@ struct RowSums {
 // What the backward's pass over the rows is given (packed weights) and makes (dz, h, the sums); null: not wanted
 template <class Elem> struct BackwardRows {
   const Elem *wu, *wd;
-  const float *gamma, *tail_gamma;
+  const float *gamma, *tail_gamma, *tail_inverse, *tail_shift;  // the latter two where y is n: xhat = n inverse + shift
   float *dz, *h;
   RowSums sums;
 };
@@ -41,12 +41,16 @@ template <class Elem> struct BackwardRows {
 template <class T, bool KEEP, class Elem>
 static void adapter_tail_row(const fp_adapter_backward& p, const BackwardRows<Elem>& b, int64_t i, float* e) {
   const int64_t row = row_of(p, i), at = row * p.d;
-  row_norm_grad((const T*)p.g_n + at, (const T*)p.y + at, p.d, row_stats_at(p.tail_stats, row), b.tail_gamma, p.tail, e, b.sums.norm(i), b.sums.width,
-                [e, g = (T*)p.g + at, g_s = p.g_s ? (const T*)p.g_s + at : nullptr](int64_t j, int64_t left, vf v) {
-                  if (g_s) v += load(g_s + j, left);
-                  store(g + j, v, left);
-                  if (KEEP) store(e + j, rounded<T>(v), left);
-                });
+  const T *g_n = (const T*)p.g_n + at, *y = (const T*)p.y + at;
+  const RowStats stats = row_stats_at(p.tail_stats, row);
+  auto done = [e, g = (T*)p.g + at, g_s = p.g_s ? (const T*)p.g_s + at : nullptr](int64_t j, int64_t left, vf v) {
+    if (g_s) v += load(g_s + j, left);
+    store(g + j, v, left);
+    if (KEEP) store(e + j, rounded<T>(v), left);
+  };
+  if (!p.y_is_n) return row_norm_grad(g_n, y, p.d, stats, b.tail_gamma, p.tail, e, b.sums.norm(i), b.sums.width, done);
+  auto hat = [&](int64_t j, int64_t left) { return fma(load(y + j, left), load(b.tail_inverse + j), load(b.tail_shift + j)); };
+  row_norm_grad_of(g_n, hat, p.d, stats.rstd, b.tail_gamma, p.tail, e, b.sums.norm(i), b.sums.width, done);
 }
 // dx's row from the down product u, which is overwritten
 template <class T> static void adapter_dx_row(const fp_adapter_backward& p, const float* gamma, int64_t i, float* u) {

@@ -8,7 +8,8 @@ namespace FP_ISA {
 // Scratch slots of the calling thread that its workers read; theirs are 4 to 9 and 15
 struct Slot {
   enum { W_DOWN = 0, W_UP = 1, GAMMA = 2, BETA = 3, B_DOWN = 10, B_UP = 11, DZ = 12, H = 13, TAIL_GAMMA = 14, TAIL_BETA = 16,
-         PARTS = 17, TOTAL = 18, PRODUCTS = 19, UP_SUMS = 20, LEFT_DZ = 21, LEFT_H = 22 };
+         PARTS = 17, TOTAL = 18, PRODUCTS = 19, UP_SUMS = 20, LEFT_DZ = 21, LEFT_H = 22,
+         TAIL_INVERSE = 23, TAIL_SHIFT = 24 };
 };
 
 template <class T, class E> struct AdapterBase {

@@ -71,18 +71,19 @@ template <class E> struct DirectAttention {
 
   static void backward(const fp_attention& a) {
     const int64_t n = a.tokens, dim = a.head_dim, ld = round_up(n, E::NP);
-    const size_t floats = 2 * columns_size<E>(dim, n) + 3 * n * dim + 2 * ld + 2 * BLOCK * ld + BLOCK * dim + 1024;
-    heads(a, floats, [&](int64_t bh, Arena arena) { backward_head(a, bh, arena, ld); });
+    const int64_t kept = a.out_in ? BLOCK : n;  // without out, delta is known after all keys
+    const size_t floats = 2 * columns_size<E>(dim, n) + 3 * n * dim + 2 * ld + 2 * kept * ld + BLOCK * dim + 1024;
+    heads(a, floats, [&](int64_t bh, Arena arena) { backward_head(a, bh, arena, ld, kept); });
   }
   // Rows are keys: dV and dK are whole sums over the queries, dQ is added to block by block.
-  static void backward_head(const fp_attention& a, int64_t bh, Arena arena, int64_t ld) {
+  static void backward_head(const fp_attention& a, int64_t bh, Arena arena, int64_t ld, int64_t kept) {
     const int64_t n = a.tokens, dim = a.head_dim;
     const Head q = head(a.qkv, a, bh, 0, 3), k = head(a.qkv, a, bh, 1, 3), v = head(a.qkv, a, bh, 2, 3);
     const Head o = head(a.out_in, a, bh, 0, 1), g = head(a.grad, a, bh, 0, 1);
     const Head dq = head(a.dqkv, a, bh, 0, 3), dk = head(a.dqkv, a, bh, 1, 3), dv = head(a.dqkv, a, bh, 2, 3);
     float *qt = arena.carve(columns_size<E>(dim, n)), *gt = arena.carve(columns_size<E>(dim, n));
     float *qr = arena.carve(n * dim), *gr = arena.carve(n * dim), *kr = arena.carve(BLOCK * dim), *sums = arena.carve(n * dim);
-    float *delta = arena.carve(ld), *lse = arena.carve(ld), *p = arena.carve(BLOCK * ld), *ds = arena.carve(BLOCK * ld);
+    float *delta = arena.carve(ld), *lse = arena.carve(ld), *probs = arena.carve(kept * ld), *dprobs = arena.carve(kept * ld);
     const float* mask = a.key_mask ? a.key_mask + bh / a.heads * n : nullptr;
     pack_transposed(qt, q, n, dim);
     pack_transposed(gt, g, n, dim);
@@ -90,24 +91,38 @@ template <class E> struct DirectAttention {
     copy_rows(gr, g, 0, n, dim);
     for (int64_t i = 0; i < n; ++i) {
       vf acc = {};
-      for (int64_t j = 0; j < dim; j += VL) acc = fma(load(gr + i * dim + j), load(o.row(i) + j), acc);
+      if (a.out_in) for (int64_t j = 0; j < dim; j += VL) acc = fma(load(gr + i * dim + j), load(o.row(i) + j), acc);
       delta[i] = sum(acc);
       lse[i] = a.lse[bh * n + i];
     }
     for (int64_t i = n; i < ld; ++i) delta[i] = 0.f, lse[i] = INFINITY;  // p = 0 behind the last query
-    for (int64_t r0 = 0; r0 < n; r0 += BLOCK) {
-      const int64_t m = n - r0 < BLOCK ? n - r0 : BLOCK;
-      E::product(k.left(r0), m, dim, qt, n, p, ld, E::NP);
-      E::product(v.left(r0), m, dim, gt, n, ds, ld, E::NP);
+    // keys [r0, r0 + m): p and dp to rows at `to`; delta, which is sum p dp, grows where out is not there to tell it
+    auto probabilities = [&](int64_t r0, int64_t m, int64_t to) {
+      E::product(k.left(r0), m, dim, qt, n, probs + to * ld, ld, E::NP);
+      E::product(v.left(r0), m, dim, gt, n, dprobs + to * ld, ld, E::NP);
       const vf scale = splat(a.scale);
       for (int64_t i = 0; i < m; ++i) {
         const vf km = splat(mask ? mask[r0 + i] : 0.f);
-        float *pi = p + i * ld, *si = ds + i * ld;
+        float *pi = probs + (to + i) * ld, *di = dprobs + (to + i) * ld;
         for (int64_t j = 0; j < n; j += VL) {
           const vf e = vexp(load(pi + j) * scale + km - load(lse + j));
           store(pi + j, e);
-          store(si + j, e * (load(si + j) - load(delta + j)) * scale);
+          if (a.out_in) store(di + j, e * (load(di + j) - load(delta + j)) * scale);
+          else store(delta + j, load(delta + j) + e * load(di + j));
         }
+      }
+    };
+    if (!a.out_in)
+      for (int64_t r0 = 0; r0 < n; r0 += BLOCK) probabilities(r0, n - r0 < BLOCK ? n - r0 : BLOCK, r0);
+    for (int64_t r0 = 0; r0 < n; r0 += BLOCK) {
+      const int64_t m = n - r0 < BLOCK ? n - r0 : BLOCK, at = a.out_in ? 0 : r0;
+      float *p = probs + at * ld, *ds = dprobs + at * ld;
+      if (a.out_in) {
+        probabilities(r0, m, 0);
+      } else {
+        const vf scale = splat(a.scale);
+        for (int64_t i = 0; i < m; ++i)
+          for (int64_t j = i * ld; j < i * ld + n; j += VL) store(ds + j, load(p + j) * (load(ds + j) - load(delta + j - i * ld)) * scale);
       }
       wide({p, ld, 1}, m, n, gr, dim, dv.row(r0), dv.stride);
       wide({ds, ld, 1}, m, n, qr, dim, dk.row(r0), dk.stride);

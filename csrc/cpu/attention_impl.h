@@ -119,29 +119,30 @@ template <class T, class E> struct Attention {
     if constexpr (PLAIN)
       if (DirectAttention<E>::serves(a.head_dim)) return DirectAttention<E>::backward(a);
     const int64_t n = a.tokens, dim = a.head_dim, width = round_up(n > dim ? n : dim, 64) + 128;
-    const size_t bytes = 8192 + 4 * (width + 2 * round_up(n, 64) + 2 * width) +
+    const int64_t kept = a.out_in ? BLOCK : n;  // without out, delta is known after all keys
+    const size_t bytes = 8192 + 4 * (width + 2 * round_up(n, 64)) +
                          sizeof(Elem) * (2 * columns_size<E>(dim, n) + 2 * E::b_size(n, dim) + E::b_size(BLOCK, dim) + 2 * E::a_size(BLOCK, dim) + 2 * E::a_size(BLOCK, n) + E::a_size(n, BLOCK)) +
-                         4 * (2 * product_size<E>(BLOCK, n) + BLOCK * width + product_size<E>(BLOCK, dim) + product_size<E>(n, dim));
-    heads(a, bytes, [&](int64_t bh, Arena arena) { backward_head(a, bh, arena, width); });
+                         4 * (2 * product_size<E>(BLOCK, n) + 2 * kept * width + product_size<E>(BLOCK, dim) + product_size<E>(n, dim));
+    heads(a, bytes, [&](int64_t bh, Arena arena) { backward_head(a, bh, arena, width, kept); });
   }
-  static void backward_head(const fp_attention& a, int64_t bh, Arena arena, int64_t width) {
+  static void backward_head(const fp_attention& a, int64_t bh, Arena arena, int64_t width, int64_t kept) {
     const int64_t n = a.tokens, dim = a.head_dim;
     const Head q = head(a.qkv, a, bh, 0, 3), k = head(a.qkv, a, bh, 1, 3), v = head(a.qkv, a, bh, 2, 3);
     const Head o = head(a.out_in, a, bh, 0, 1), g = head(a.grad, a, bh, 0, 1);
     const Head dq = head(a.dqkv, a, bh, 0, 3), dk = head(a.dqkv, a, bh, 1, 3), dv = head(a.dqkv, a, bh, 2, 3);
     float *tmp = arena.template carve<float>(width), *delta = arena.template carve<float>(round_up(n, 64)), *lse = arena.template carve<float>(round_up(n, 64));
-    float *prow = arena.template carve<float>(width), *srow = arena.template carve<float>(width);
     Elem *qt = arena.template carve<Elem>(columns_size<E>(dim, n)), *gt = arena.template carve<Elem>(columns_size<E>(dim, n));
     Elem *qb = arena.template carve<Elem>(E::b_size(n, dim)), *gb = arena.template carve<Elem>(E::b_size(n, dim)), *kb = arena.template carve<Elem>(E::b_size(BLOCK, dim));
     Elem *ka = arena.template carve<Elem>(E::a_size(BLOCK, dim)), *va = arena.template carve<Elem>(E::a_size(BLOCK, dim));
     Elem *pa = arena.template carve<Elem>(E::a_size(BLOCK, n)), *sa = arena.template carve<Elem>(E::a_size(BLOCK, n)), *st = arena.template carve<Elem>(E::a_size(n, BLOCK));
-    float *s = arena.template carve<float>(product_size<E>(BLOCK, n)), *dp = arena.template carve<float>(product_size<E>(BLOCK, n)), *ds = arena.template carve<float>(BLOCK * width);
+    float *s = arena.template carve<float>(product_size<E>(BLOCK, n)), *dp = arena.template carve<float>(product_size<E>(BLOCK, n));
+    float *probs = arena.template carve<float>(kept * width), *dprobs = arena.template carve<float>(kept * width);
     float *c = arena.template carve<float>(product_size<E>(BLOCK, dim)), *cq = arena.template carve<float>(product_size<E>(n, dim));
     const float* mask = a.key_mask ? a.key_mask + bh / a.heads * n : nullptr;
 
     for (int64_t i = 0; i < n; ++i) {
       vf acc = {};
-      for (int64_t j = 0; j < dim; j += VL) acc = fma(load(g.row(i) + j, dim - j), load(o.row(i) + j, dim - j), acc);
+      if (a.out_in) for (int64_t j = 0; j < dim; j += VL) acc = fma(load(g.row(i) + j, dim - j), load(o.row(i) + j, dim - j), acc);
       delta[i] = sum(acc);
       lse[i] = a.lse[bh * n + i];
     }
@@ -150,24 +151,37 @@ template <class T, class E> struct Attention {
     pack_transposed(gt, g, n, dim);
     pack_b(qb, q, 0, n, dim);
     pack_b(gb, g, 0, n, dim);
-    for (int64_t r0 = 0; r0 < n; r0 += BLOCK) {
-      const int64_t m = n - r0 < BLOCK ? n - r0 : BLOCK;
+    // keys [r0, r0 + m): p and dp to rows at `to`; delta, which is sum p dp, grows where out is not there to tell it
+    auto probabilities = [&](int64_t r0, int64_t m, int64_t to) {
       pack_a(ka, k, r0, m, dim, tmp);
       pack_a(va, v, r0, m, dim, tmp);
       multiply<E>(ka, dim, m, qt, n, s);
       multiply<E>(va, dim, m, gt, n, dp);
+      const vf scale = splat(a.scale);
       for (int64_t i = 0; i < m; ++i) {
-        gather_row<E>(s, m, i, prow, n);
-        gather_row<E>(dp, m, i, srow, n);
-        const vf km = splat(mask ? mask[r0 + i] : 0.f), scale = splat(a.scale);
+        float *pi = probs + (to + i) * width, *di = dprobs + (to + i) * width;
+        gather_row<E>(s, m, i, pi, n);
+        gather_row<E>(dp, m, i, di, n);
+        const vf km = splat(mask ? mask[r0 + i] : 0.f);
         for (int64_t j = 0; j < n; j += VL) {
-          vf p = vexp(load(prow + j) * scale + km - load(lse + j));
-          store(prow + j, p);
-          store(srow + j, p * (load(srow + j) - load(delta + j)) * scale);
+          const vf e = vexp(load(pi + j) * scale + km - load(lse + j));
+          store(pi + j, e);
+          if (!a.out_in) store(delta + j, load(delta + j) + e * load(di + j));
         }
-        memcpy(ds + i * width, srow, round_up(n, VL) * 4);
-        E::put_a_row(pa, n, i, prow);
-        E::put_a_row(sa, n, i, srow);
+      }
+    };
+    if (!a.out_in)
+      for (int64_t r0 = 0; r0 < n; r0 += BLOCK) probabilities(r0, n - r0 < BLOCK ? n - r0 : BLOCK, r0);
+    for (int64_t r0 = 0; r0 < n; r0 += BLOCK) {
+      const int64_t m = n - r0 < BLOCK ? n - r0 : BLOCK, at = a.out_in ? 0 : r0;
+      if (a.out_in) probabilities(r0, m, 0);
+      const vf scale = splat(a.scale);
+      for (int64_t i = 0; i < m; ++i) {
+        const float* pi = probs + (at + i) * width;
+        float* si = dprobs + (at + i) * width;
+        for (int64_t j = 0; j < n; j += VL) store(si + j, load(pi + j) * (load(si + j) - load(delta + j)) * scale);
+        E::put_a_row(pa, n, i, pi);
+        E::put_a_row(sa, n, i, si);
       }
       E::zero_a_rows(pa, n, m);
       E::zero_a_rows(sa, n, m);
@@ -175,7 +189,7 @@ template <class T, class E> struct Attention {
       write_rows(dv, r0, m, c, dim, tmp);
       multiply<E>(sa, n, m, qb, dim, c);
       write_rows(dk, r0, m, c, dim, tmp);
-      E::put_a_transposed(st, m, n, ds, width);
+      E::put_a_transposed(st, m, n, dprobs + at * width, width);
       pack_b(kb, k, r0, m, dim);
       multiply<E>(st, m, n, kb, dim, cq, r0 > 0);
     }

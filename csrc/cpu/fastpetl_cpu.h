@@ -29,6 +29,8 @@ struct fp_adapter_backward {
   float scale;
   // With a tail, instead of grad: g = g_s (may be null) + the gradient of y through the norm, written and then used.
   const void *g_s, *g_n, *y, *tail_weight;
+  const void* tail_bias;  // read only with y_is_n
+  int y_is_n;             // y is the norm's output, from which its input is told: no gain may be near 0
   const float* tail_stats;
   void *g, *dtail_weight, *dtail_bias;  // the latter two null: not wanted
 };
@@ -61,7 +63,7 @@ struct fp_activation_code {
 };
 // out = softmax(scale * q k^T + key_mask) v per head; qkv [batch, tokens, 3, heads, head_dim].
 struct fp_attention {
-  const void *qkv, *out_in, *grad;
+  const void *qkv, *out_in, *grad;  // out_in: the forward's out; null: not kept, at the price of scratch for tokens^2 * 2
   const float* key_mask;    // additive [batch, tokens] or null
   void *out, *dqkv;
   float* lse;               // [batch, heads, tokens]; written by forward (may be null), read by backward

@@ -61,15 +61,15 @@ FP_INLINE void row_normalize(const X* x, Y* y, int64_t n, RowStats s, const floa
   });
 }
 // The gradient of a norm's input: done(j, n, v) gets v = rstd (e - mean(e) - xhat mean(e xhat)), e = g gamma, without
-// the first mean for an RMSNorm. e: room for the row in whole vectors, may be g. sums, or null: [2][width], to which
-// the gradients of weight and bias, g xhat and g, are added.
-template <class G, class X, class Done>
-FP_INLINE void row_norm_grad(const G* g, const X* x, int64_t n, RowStats s, const float* gamma, int norm, float* e, float* sums,
-                             int64_t width, const Done& done) {
-  const vf mean = splat(s.mean), rstd = splat(s.rstd);
+// the first mean for an RMSNorm. hat(j, n): xhat. e: room for the row in whole vectors, may be g. sums, or null:
+// [2][width], to which the gradients of weight and bias, g xhat and g, are added.
+template <class G, class Hat, class Done>
+FP_INLINE void row_norm_grad_of(const G* g, const Hat& hat, int64_t n, float scale, const float* gamma, int norm, float* e, float* sums,
+                                int64_t width, const Done& done) {
+  const vf rstd = splat(scale);
   vf s1[2] = {}, s2[2] = {};
   auto add = [&](int64_t j, int64_t left, int q) {
-    const vf d = load(g + j, left), xhat = (load(x + j, left) - mean) * rstd;
+    const vf d = load(g + j, left), xhat = hat(j, left);
     if (sums) {
       store(sums + j, fma(d, xhat, load(sums + j)));
       store(sums + width + j, load(sums + width + j) + d);
@@ -83,10 +83,15 @@ FP_INLINE void row_norm_grad(const G* g, const X* x, int64_t n, RowStats s, cons
   for (; j + 2 * VL <= n; j += 2 * VL) add(j, VL, 0), add(j + VL, VL, 1);
   for (; j < n; j += VL) add(j, n - j, 0);
   const vf m1 = splat(norm == LAYERNORM ? sum(s1[0] + s1[1]) / n : 0.f), m2 = splat(sum(s2[0] + s2[1]) / n);
-  each_vector(n, [&](int64_t j, int64_t left) {
-    const vf xhat = (load(x + j, left) - mean) * rstd;
-    done(j, left, (load(e + j) - m1 - xhat * m2) * rstd);
-  });
+  each_vector(n, [&](int64_t j, int64_t left) { done(j, left, (load(e + j) - m1 - hat(j, left) * m2) * rstd); });
+}
+// xhat from the norm's input x
+template <class G, class X, class Done>
+FP_INLINE void row_norm_grad(const G* g, const X* x, int64_t n, RowStats s, const float* gamma, int norm, float* e, float* sums,
+                             int64_t width, const Done& done) {
+  const vf mean = splat(s.mean), rstd = splat(s.rstd);
+  auto hat = [=](int64_t j, int64_t left) { return (load(x + j, left) - mean) * rstd; };
+  row_norm_grad_of(g, hat, n, s.rstd, gamma, norm, e, sums, width, done);
 }
 
 }  // namespace FP_ISA

@@ -131,9 +131,9 @@ def fused_adapter(adapter, x: torch.Tensor, residuals: tuple, backend: str, acti
     )
 
 
-def fused_site(adapter, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm, emit: str, backend: str, activation=None):
+def fused_site(adapter, x, f, norm: nn.LayerNorm, emit: str, backend: str, activation=None, keep: str = "sum"):
     """Semantics: s = x + f + A(x), n = norm(s): (s, n), or n where emit is "norm"; in one launch where a backend has
-    one. The adapter as in `fused_adapter`; nothing is dropped here.
+    one. The adapter as in `fused_adapter`; nothing is dropped here. keep: see `ops.adapter_residual_norm`.
     """
     from fastpetl import ops
 
@@ -162,6 +162,7 @@ def fused_site(adapter, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm, em
         tail_weight=norm.weight,
         tail_bias=norm.bias,
         backend=backend,
+        keep=keep,
     )
 
 

@@ -210,7 +210,7 @@ def _weights(controller, adapter) -> tuple:
     return cache.get(id(adapter), adapter.parameters(), adapter.weights)
 
 
-def controller_site(controller, x, f, task, norm: nn.LayerNorm, backend: str) -> torch.Tensor | None:
+def controller_site(controller, x, f, task, norm: nn.LayerNorm, backend: str, keep="sum") -> torch.Tensor | None:
     """Semantics: norm(x + f + U_t(f)), the controller's forward on f and what follows it, as one op; None where the
     controller has to be called: hooks, tasks per sample, a norm of its own behind the adapter.
     """
@@ -233,5 +233,5 @@ def controller_site(controller, x, f, task, norm: nn.LayerNorm, backend: str) ->
     spec = site_spec(*sizes, adapter.activation, 1.0, own, biases, norm.eps, "norm", "sublayer")
     tail = {"tail_weight": norm.weight, "tail_bias": norm.bias}
     return ops.adapter_residual_norm(
-        x, f, w_down, b_down, w_up, b_up, spec=spec, **norms, **tail, backend=backend
+        x, f, w_down, b_down, w_up, b_up, spec=spec, **norms, **tail, backend=backend, keep=keep
     )  # fmt: skip

@@ -71,11 +71,13 @@ class FusedBartAttention(Fused, hf.BartAttention):
 class _FusedLayer(Fused):
     structure: dict
 
-    def _site(self, x, f, adapter: str, task, norm):
-        """Semantics: norm(x + drop(A(f))), without A where the layer has no such adapter."""
+    def _site(self, x, f, adapter: str, task, norm, keep: str = "sum"):
+        """Semantics: norm(x + drop(A(f))), without A where the layer has no such adapter. keep: see
+        `ops.adapter_residual_norm`: of two sites, the first keeps its norm's output, which the second has its sum from.
+        """
         adapter = self._modules.get(adapter)
         if adapter is not None and not (self.training and self.dropout > 0):
-            y = controller_site(adapter, x, f, task, norm, self._op("adapter"))
+            y = controller_site(adapter, x, f, task, norm, self._op("adapter"), keep)
             if y is not None:
                 return y
         own = adapter is not None and not adapter._forward_hooks  # an attention's output somebody may have kept
@@ -106,8 +108,8 @@ class _FusedEncoder(_FusedLayer):
         if self._declines(self.structure, x):
             return super().forward(x, attention_mask, **told, **kwargs)
         f, _ = self.self_attn(x, attention_mask=attention_mask, **kwargs)
-        x = self._site(x, f, "attn_adapter", task, self.self_attn_layer_norm)
-        x = self._site(x, self._feed_forward(x), "ff_adapter", task, self.final_layer_norm)
+        x = self._site(x, f, "attn_adapter", task, self.self_attn_layer_norm, "norm")
+        x = self._site(x, self._feed_forward(x), "ff_adapter", task, self.final_layer_norm, "inputs")
         if x.dtype == torch.float16 and not torch.isfinite(x).all():
             limit = torch.finfo(x.dtype).max - 1000
             x = x.clamp(-limit, limit)
@@ -134,12 +136,12 @@ class _FusedDecoder(_FusedLayer):
         if self._declines(self.structure, x):
             return super().forward(x, attention_mask, source, encoder_attention_mask, past, use_cache, **told, **kwargs)
         f, _ = self.self_attn(x, past_key_values=past, attention_mask=attention_mask, **kwargs)
-        x = self._site(x, f, "self_attn_adapter", task, self.self_attn_layer_norm)
+        x = self._site(x, f, "self_attn_adapter", task, self.self_attn_layer_norm, "norm")
         if source is not None:
             f, _ = self.encoder_attn(
                 x, key_value_states=source, attention_mask=encoder_attention_mask, past_key_values=past, **kwargs
             )
-            x = self._site(x, f, "enc_attn_adapter", task, self.encoder_attn_layer_norm)
+            x = self._site(x, f, "enc_attn_adapter", task, self.encoder_attn_layer_norm, "inputs")
         return self._site(x, self._feed_forward(x), "ff_adapter", task, self.final_layer_norm)
 
 

@@ -44,7 +44,9 @@ class FusedDASSelfOutput(Fused, DASSelfOutput):
         if self._declines(DAS_OUTPUT, hidden_states):
             return super().forward(hidden_states, input_tensor)
         f = drop(self._linear(hidden_states, self.dense, slot="dense"), self.dropout.p, self.dropout.training)
-        return fused_site(self.adapter, input_tensor, f, self.LayerNorm, "norm", self._op("adapter"))
+        # The next adapter reads the norm's output and keeps it; a hook might write to it.
+        keep = "sum" if self._forward_hooks else "norm"
+        return fused_site(self.adapter, input_tensor, f, self.LayerNorm, "norm", self._op("adapter"), keep=keep)
 
 
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.

@@ -21,8 +21,18 @@ def run_forward(name, qkv, key_mask, heads, scale, save):
     return reference_forward(qkv, key_mask, heads, scale, save)
 
 
+# Tokens up to which the C++ backward does without `out`: it then holds a head's probabilities and their gradients at
+# once, 3 MB in scratch, where `out` would keep as much as q for every layer.
+WITHOUT_OUT = 640
+
+
+def keeps_out(name, qkv) -> bool:
+    """Semantics: does `run_backward` need the forward's out?"""
+    return name != "cpp" or qkv.shape[1] > WITHOUT_OUT
+
+
 def run_backward(name, grad, qkv, key_mask, out, lse, heads, scale):
-    """Semantics: dqkv by backend `name`."""
+    """Semantics: dqkv by backend `name`; out may be None where not `keeps_out`."""
     if qkv.numel() == 0 or qkv.shape[0] * qkv.shape[1] == 0:
         return torch.zeros_like(qkv)
     if name == "cpp":

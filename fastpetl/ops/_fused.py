@@ -6,14 +6,19 @@ import torch
 
 from .. import backends
 from ..spec import TAILS
+from ._adapter import run_forward as adapter_forward
 from ._common import autocast_dtype, first_order, grad_mask, needs_grad, rows, through_dispatcher, unflatten
 from ._measured import choose, rows_class
 from ._site import run_backward, run_forward
 
 
-def one_launch(spec, x, f, normed, mine, tail_weight, tail_bias, backend, composed):
+KEEPS = ("sum", "norm", "inputs")
+
+
+def one_launch(spec, x, f, normed, mine, tail_weight, tail_bias, backend, composed, keep="sum"):
     """Semantics: (s, n) of a site without dropout and mask by one launch, s None where the spec does not emit it;
     None where it is to be composed: no norm behind the adapter, mixed dtypes, or a backend without such a kernel.
+    keep: see `adapter_residual_norm`.
 
     composed(tensors): the same site by several ops, what eager fp32 calls on the CPU are measured against.
     """
@@ -32,7 +37,23 @@ def one_launch(spec, x, f, normed, mine, tail_weight, tail_bias, backend, compos
             name = _choose(spec, tensors, grad, composed)
     if name == "composed":
         return None
-    return _compiled(spec, tensors, grad, name) if compiled else _eager(spec, tensors, grad, name)
+    return _compiled(spec, tensors, grad, name) if compiled else _eager(spec, tensors, grad, name, keep)
+
+
+def _kept(spec, tensors, name, keep) -> str:
+    """`keep` where it can be had: by the C++ kernel, of a sum that nobody else keeps."""
+    x, weight, bias = tensors[0], *tensors[-2:]
+    if keep == "sum" or name != "cpp" or spec.emit != "norm" or x.dtype != torch.float32 or x.numel() == 0:
+        return "sum"
+    return keep if keep == "inputs" or spec.tail == "layernorm" and _invertible(weight, bias) else "sum"
+
+
+def _invertible(weight, bias) -> bool:
+    """Whether a norm's input can be told from its output: dividing by a gain must not magnify the rounding much."""
+    gain = weight.detach().abs()
+    if bias is None:
+        return bool((gain > 1e-20).all())
+    return bool((gain * 16 >= bias.detach().abs().clamp(min=1e-20)).all())
 
 
 def _of_one_kind(spec, x, f, normed, *parameters) -> bool:
@@ -64,11 +85,11 @@ def _config(spec, add_x):
     return add_x, spec.eps, spec.code, float(spec.scale), TAILS[spec.tail], spec.tail_eps, spec.emit == "both"
 
 
-def _eager(spec, tensors, grad, name):
+def _eager(spec, tensors, grad, name, keep="sum"):
     arranged, add_x = _arranged(spec, tensors)
     config = _config(spec, add_x)
     if grad:
-        return _Site.apply(*arranged, *config, name)
+        return _Site.apply(*arranged, *config, name, _kept(spec, tensors, name, keep))
     s, n, *_ = run_forward(name, *arranged, *config, False)
     return (s.view(tensors[0].shape) if spec.emit == "both" else None), n.view(tensors[0].shape)
 
@@ -98,33 +119,43 @@ class _Site(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, tail_weight, tail_bias, add_x,
-                eps, code, scale, tail, tail_eps, emit_s, name):  # fmt: skip
-        parameters = w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, tail_weight, tail_bias
+                eps, code, scale, tail, tail_eps, emit_s, name, keep):  # fmt: skip
+        mine = w_down, b_down, w_up, b_up, norm_weight, norm_bias
         x2 = rows(x)
         s, n, z, stats, tail_stats = run_forward(
-            name, x2, *parameters, add_x, eps, code, scale, tail, tail_eps, emit_s, True
+            name, x2, *mine, res1, res2, tail_weight, tail_bias, add_x, eps, code, scale, tail, tail_eps, emit_s, True
         )
-        ctx.config = add_x, code, scale, tail, name
+        ctx.config = add_x, code, scale, tail, name, keep, eps
         ctx.set_materialize_grads(False)
-        # Where s is an output, what is saved is that output: autograd then counts it once and sees writes to it.
-        out = unflatten(s, x.shape) if emit_s else None
-        kept = s if out is None else out
-        ctx.save_for_backward(kept, tail_stats, tail_weight, x2, z, stats, w_down, w_up, norm_weight, norm_bias)
-        return out, unflatten(n, x.shape)
+        # Where s or n is an output, what is saved is that output: autograd then counts it once and sees writes to it.
+        outs = unflatten(s, x.shape) if emit_s else None, unflatten(n, x.shape)
+        kept, again = s if outs[0] is None else outs[0], (None,) * 4
+        if keep == "norm":
+            kept, again = outs[1], (tail_bias, None, None, None)
+        elif keep == "inputs":
+            kept, z, stats, again = None, None, None, (b_down, b_up, res1, res2)
+        saved = tail_stats, tail_weight, x2, z, stats, w_down, w_up, norm_weight, norm_bias
+        ctx.save_for_backward(kept, *saved, *again)
+        return outs
 
     @staticmethod
     @first_order("adapter_residual_norm")
     def backward(ctx, g_s, g_n):
         like = g_s if g_n is None else g_n
         if like is None:
-            return (None,) * 19
-        s, *saved = ctx.saved_tensors
-        add_x, code, scale, tail, name = ctx.config
+            return (None,) * 20
+        s, *saved, one, two, res1, res2 = ctx.saved_tensors
+        add_x, code, scale, tail, name, keep, eps = ctx.config
+        more = (one, True) if keep == "norm" else ()
+        if keep == "inputs":
+            _, _, x2, _, _, w_down, w_up, *norms = saved
+            inputs = x2, w_down, one, w_up, two, *norms, res1, res2
+            s, saved[3], saved[4] = adapter_forward(name, *inputs, add_x, eps, code, scale, True)
         needs = asked(ctx.needs_input_grad)
-        out = run_backward(name, g_s, g_n, rows(s), *saved, add_x, code, scale, tail, needs)
+        out = run_backward(name, g_s, g_n, rows(s), *saved, add_x, code, scale, tail, needs, *more)
         grads = placed(out, needs, ctx.needs_input_grad)
         return (*(g.view(like.shape) if g is not None and i in (0, 7, 8) else g for i, g in enumerate(grads)),
-                *(None,) * 8)  # fmt: skip
+                *(None,) * 9)  # fmt: skip
 
 
 def asked(needs_input_grad) -> int:

@@ -54,12 +54,12 @@ def run_forward(name, x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res
 
 
 def run_backward(name, g_s, g_n, s, tail_stats, tail_weight, x, z, stats, w_down, w_up, norm_weight, norm_bias, add_x,
-                 code, scale, tail, needs):  # fmt: skip
+                 code, scale, tail, needs, *s_is_n):  # fmt: skip
     """Semantics: (g, dx, dw_down, db_down, dw_up, db_up, dnorm_weight, dnorm_bias, dtail_weight, dtail_bias) by `name`.
 
     g = g_s + (the gradient of s through the tail), rounded to the dtype: always there, and the gradient of res1 and
     res2; g_s or g_n may be None. Bits 0 to 8 of `needs` ask for the others, in that order; what is not asked for is
-    empty. dx includes g iff add_x.
+    empty. dx includes g iff add_x. s_is_n, for "cpp" only: (the tail's bias, True) where s is the forward's n instead.
     """
     g_s, g_n = (None if g is None else rows(g) for g in (g_s, g_n))
     d, name = x.shape[1], backends.of_size("site", name, x, w_down.shape[0])
@@ -70,7 +70,7 @@ def run_backward(name, g_s, g_n, s, tail_stats, tail_weight, x, z, stats, w_down
         out = _adapter.run_backward(part, g, x, z, stats, *mine, add_x, code, scale, needs & ADAPTER)
         return g, *out, *(x.new_zeros(d if needs & bit else 0) for bit in (TAIL_WEIGHT, TAIL_BIAS))
     saved = s, tail_stats, dense(tail_weight), x, z, stats
-    return tuple(_launchers(name)[1](g_s, g_n, *saved, *mine, add_x, code, scale, tail, needs))
+    return tuple(_launchers(name)[1](g_s, g_n, *saved, *mine, add_x, code, scale, tail, needs, *s_is_n))
 
 
 def empty(x, r, norm_weight, emit_s, save):

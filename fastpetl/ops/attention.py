@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ._attention import choose, heads_of, merge, run_backward, run_forward, scores, sdpa
+from ._attention import choose, heads_of, keeps_out, merge, run_backward, run_forward, scores, sdpa
 from ._common import autocast_dtype, cast, check_input, first_order, needs_grad, number, through_dispatcher
 
 __all__ = ["attention", "attention_reference"]
@@ -87,13 +87,15 @@ def _mask(key_mask):
 
 
 class _Attention(torch.autograd.Function):
-    """The eager door: straight to the launcher. Keeps qkv, out and the log-sum-exp; P is computed again."""
+    """The eager door: straight to the launcher. Keeps qkv, the log-sum-exp and, of many tokens, out; P is computed
+    again.
+    """
 
     @staticmethod
     def forward(ctx, qkv, key_mask, heads, scale, name):
         qkv = qkv.contiguous()
         out, lse = run_forward(name, qkv, key_mask, heads, scale, True)
-        ctx.save_for_backward(qkv, key_mask, out, lse)
+        ctx.save_for_backward(qkv, key_mask, out if keeps_out(name, qkv) else None, lse)
         ctx.config = (heads, scale, name)
         return out
 

@@ -11,7 +11,7 @@ from ..spec import AdapterSpec
 from ._adapter import ACT
 from ._common import autocast_dtype, check_input, check_like
 from ._dropout import dropout_factor, dropped
-from ._fused import one_launch
+from ._fused import KEEPS, one_launch
 from ._residual_norm import norm_forward, skipped_rows
 from .adapter import adapter
 from .residual_norm import check_mask, check_seed, residual_norm
@@ -39,6 +39,7 @@ def adapter_residual_norm(
     mask=None,
     seed=None,
     backend="auto",
+    keep="sum",
 ):
     """Semantics: the site that `spec` (AdapterSpec) describes. A(u) = scale * (act(own(u) w_down^T + b_down) w_up^T +
     b_up), own = LayerNorm iff norm_weight is given, u = x, f or `normed` as spec.input says:
@@ -57,11 +58,16 @@ def adapter_residual_norm(
     is made of `adapter` and `residual_norm`, whose dtypes, rounding, gradients and backends it has (a backend that only
     adapters have: "auto" for the norm); skipped samples are computed apart (in compiled code together, so that a mask
     never recompiles). "auto" on the CPU measures "cpp" and "composed" as `adapter` does.
+    keep: what the backward has s from, where the C++ kernel serves an fp32 site that emits only n, else "sum", s itself:
+    "norm", n, for who keeps it anyway (s where a gain is so small that dividing by it would show); "inputs", x and f, at
+    the price of the adapter's forward once more.
     """
+    if keep not in KEEPS:
+        raise ValueError(f"adapter_residual_norm: keep is {keep!r}, expected one of {', '.join(KEEPS)}")
     mine = (w_down, b_down, w_up, b_up, norm_weight, norm_bias)
     _check(spec, x, f, normed, mine, tail_weight, tail_bias, shortcut, mask, seed)
     if mask is None:
-        return _kept(spec, x, f, normed, mine, tail_weight, tail_bias, seed, backend)
+        return _kept(spec, x, f, normed, mine, tail_weight, tail_bias, seed, backend, keep)
     if torch.compiler.is_compiling():
         return _together(spec, x, f, normed, mine, tail_weight, tail_bias, shortcut, mask, seed, backend)
     return _apart(spec, x, f, normed, mine, tail_weight, tail_bias, shortcut, mask, seed, backend)
@@ -99,7 +105,7 @@ def _emit(spec, s, n):
     return (s, n) if spec.emit == "both" else s if spec.emit == "sum" else n
 
 
-def _kept(spec, x, f, normed, mine, weight, bias, seed, backend):
+def _kept(spec, x, f, normed, mine, weight, bias, seed, backend, keep="sum"):
     """The site of samples that are not skipped: in one launch where that can be."""
 
     def composed(tensors):
@@ -107,7 +113,7 @@ def _kept(spec, x, f, normed, mine, weight, bias, seed, backend):
         return _composed(spec, x, f, normed, mine, weight, bias, None, backend)
 
     if not spec.dropout:
-        made = one_launch(spec, x, f, normed, mine, weight, bias, backend, composed)
+        made = one_launch(spec, x, f, normed, mine, weight, bias, backend, composed, keep)
         if made is not None:
             return _emit(spec, *made)
     return _composed(spec, x, f, normed, mine, weight, bias, seed, backend)
