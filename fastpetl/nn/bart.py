@@ -73,7 +73,7 @@ class _FusedLayer(Fused):
 
     def _site(self, x, f, adapter: str, task, norm, keep: str = "sum"):
         """Semantics: norm(x + drop(A(f))), without A where the layer has no such adapter. keep: see
-        `ops.adapter_residual_norm`: of two sites, the first keeps its norm's output, which the second has its sum from.
+        `ops.adapter_residual_norm`; the first of two sites keeps its norm's output, from which the second has its sum.
         """
         adapter = self._modules.get(adapter)
         if adapter is not None and not (self.training and self.dropout > 0):

@@ -12,7 +12,7 @@ from transformers.models.bert import modeling_bert as hf
 
 from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR
 from fastpetl.nn.inline import Inlined, structure
-from fastpetl.nn.parts import Fused, cached_keys, drop, exact_gelu, heads, interface
+from fastpetl.nn.parts import Fused, cached_keys, exact_gelu, heads, interface
 from fastpetl.nn.task_layers import fused_routed
 
 PROJECTIONS = structure(query=LORA_LINEAR, key=nn.Linear, value=LORA_LINEAR)
@@ -68,8 +68,8 @@ class Output(Fused):
     def forward(self, hidden_states, input_tensor):
         if self._declines(OUTPUT, hidden_states):
             return super().forward(hidden_states, input_tensor)
-        f = self._linear(hidden_states, self.dense, slot="dense")
-        return self._add_norm(input_tensor, drop(f, self.dropout.p, self.dropout.training), self.LayerNorm)
+        keep = "sum" if self._forward_hooks else "norm"  # a hook might write to what is kept
+        return self._output(hidden_states, self.dense, self.dropout, input_tensor, self.LayerNorm, keep, slot="dense")
 
 
 class FeedForward(Fused):
@@ -94,8 +94,8 @@ class FeedForward(Fused):
         h = self._linear(x, inner.dense, slot="fc1")
         exact = exact_gelu(inner.intermediate_act_fn)
         h = h if exact else inner.intermediate_act_fn(h)
-        f = self._linear(h, outer.dense, slot="fc2", activation="gelu" if exact else None)
-        return self._add_norm(x, drop(f, outer.dropout.p, outer.dropout.training), outer.LayerNorm)
+        options = {"slot": "fc2", "activation": "gelu" if exact else None}
+        return self._output(h, outer.dense, outer.dropout, x, outer.LayerNorm, "inputs", **options)
 
 
 def feed_forward(intermediate: type, output: type) -> tuple:

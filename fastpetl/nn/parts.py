@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from fastpetl.nn.adapted import AdaptedLinear
+from fastpetl.nn.adapted import CHILD, AdaptedLinear
 from fastpetl.nn.inline import HOOKS, call_reason, note_fallback
 from fastpetl.nn.lora import FusedLoRALinear, beside_others
 
@@ -28,10 +28,10 @@ class Fused:
             note_fallback(self, reason)
         return reason is not None
 
-    def _linear(self, x: torch.Tensor, *linears: nn.Linear, slot: str, activation: str | None = None) -> torch.Tensor:
+    def _linear(self, x: torch.Tensor, *linears: nn.Linear, slot: str, activation: str | None = None, adapt=True):
         """Semantics: [linear_1(a(x)), linear_2(a(x)), ...] side by side, a = gelu (erf) or nothing. slot: the name of
         the cache for the packed weights; in inference only, where memory is at its lowest. Linears with LoRA are taken
-        merged where they can be, else called; an adapted linear's output is adapted.
+        merged where they can be, else called; an adapted linear's output is adapted, unless adapt is False.
         """
         from fastpetl import ops
 
@@ -43,7 +43,7 @@ class Fused:
         # x is ours where there is an activation: the linear before it made it.
         options = {"activation": activation, "backend": backend, "overwrite": activation is not None}
         y = ops.linear(x, weights, biases, cache=self._pack(slot), **options)
-        return linears[0].adapted(y) if type(linears[0]) is AdaptedLinear else y
+        return linears[0].adapted(y) if adapt and type(linears[0]) is AdaptedLinear else y
 
     def _one(self, x, linear, slot: str) -> torch.Tensor:
         """One of several linears that cannot be taken side by side, or a query that may have LoRA."""
@@ -96,6 +96,22 @@ class Fused:
             return None
         options = {"heads": heads, "mask": mask, "scale": float(scaling), "dropout": dropout}
         return ops.cross_attention(q, source, key.weight, value.weight, value.bias, **options)
+
+    def _output(self, h, dense: nn.Linear, dropout: nn.Dropout, x, norm: nn.LayerNorm, keep: str, **options):
+        """Semantics: norm(x + drop(dense(h))), with the adapter of an adapted linear; options as for `_linear`.
+        keep: see `ops.adapter_residual_norm`; the first of two sites keeps its norm's output, from which the second has
+        its sum.
+        """
+        dropping = dropout.training and dropout.p > 0
+        if type(dense) is not AdaptedLinear or dropping:
+            f = drop(self._linear(h, dense, **options), dropout.p, dropout.training)
+            return self._add_norm(x, f, norm)
+        from fastpetl.nn.adapter_controller import controller_site
+
+        f = self._linear(h, dense, adapt=False, **options)
+        adapter, task = dense._modules[CHILD], dense._fastpetl_current
+        y = controller_site(adapter, x, f, task, norm, self._op("adapter"), keep)
+        return self._add_norm(x, dense.adapted(f), norm) if y is None else y
 
     def _add_norm(self, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm, own: bool = True) -> torch.Tensor:
         """Semantics: norm(x + f); own: nobody else has seen f, it may be written to."""

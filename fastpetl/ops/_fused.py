@@ -11,7 +11,6 @@ from ._common import autocast_dtype, first_order, grad_mask, needs_grad, rows, t
 from ._measured import choose, rows_class
 from ._site import run_backward, run_forward
 
-
 KEEPS = ("sum", "norm", "inputs")
 
 

@@ -1,4 +1,4 @@
-"""Attention of a few queries over many keys whose projections are frozen: the projections are moved to the queries' side.
+"""Attention of a few queries over many keys whose projections are frozen: those are moved to the queries' side.
 
 q . (W_k e) = (W_k^T q) . e, and sum_s p_s (W_v e_s) = W_v (sum_s p_s e_s): keys and values are never made. An answer's
 five tokens cost a sixth of what projecting 56 tokens costs, and what is kept for the backward is q and the
@@ -23,7 +23,7 @@ def cross_attention_saves(queries: int, keys: int, hidden: int, heads: int) -> b
 
 
 def cross_attention(q, source, w_k, w_v, b_v=None, *, heads, mask=None, scale=None, dropout=0.0):
-    """Semantics: out[b, t, h] = sum_s drop(softmax_s(scale * q[b, t, h] . k[b, s, h] + mask[b, h, t, s])) v[b, s, h] with
+    """Semantics: out[b, t, h] = sum_s drop(softmax_s(scale * q[b, t, h] . k[b, s, h] + mask[b, h, t, s])) v[b, s, h],
     k = source w_k^T and v = source w_v^T + b_v. (A bias of the keys adds the same to all of a query's scores.)
 
     Shapes: q [B, T, heads * D]; source [B, S, d]; w_k, w_v [heads * D, d]; b_v [heads * D] or None; mask None, additive
@@ -77,10 +77,11 @@ def _back(y, w, heads):
 
 def _forward(q, source, w_k, w_v, b_v, mask, heads, scale, dropout):
     """(out, p, keep): p [B, T, H, S] the probabilities, keep their dropout's factors or None."""
-    (b, t, inner), keys = q.shape, source.shape[1]
+    (b, t, _), keys = q.shape, source.shape[1]
     s = torch.bmm(_towards(q * scale, w_k, heads), source.transpose(1, 2)).view(b, t, heads, keys)
-    if mask is not None:
-        mask = torch.zeros_like(mask, dtype=s.dtype).masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+    if mask is not None and mask.dtype == torch.bool:
+        s.masked_fill_(~mask.transpose(1, 2), -torch.inf)
+    elif mask is not None:
         s += mask.transpose(1, 2)
     p = torch.ops.aten._safe_softmax(s, -1)
     keep = None
@@ -127,7 +128,7 @@ class _CrossAttention(torch.autograd.Function):
 
 
 def cross_attention_reference(q, source, w_k, w_v, b_v=None, *, heads, mask=None, scale=None, dropout=0.0):
-    """Semantics: out[b, t, h] = sum_s drop(softmax_s(scale * q[b, t, h] . k[b, s, h] + mask[b, h, t, s])) v[b, s, h] with
+    """Semantics: out[b, t, h] = sum_s drop(softmax_s(scale * q[b, t, h] . k[b, s, h] + mask[b, h, t, s])) v[b, s, h],
     k = source w_k^T and v = source w_v^T + b_v.
 
     Plain torch, the contract of `cross_attention`: same arguments. Rounds to the dtype after each projection, then as

@@ -58,9 +58,9 @@ def adapter_residual_norm(
     is made of `adapter` and `residual_norm`, whose dtypes, rounding, gradients and backends it has (a backend that only
     adapters have: "auto" for the norm); skipped samples are computed apart (in compiled code together, so that a mask
     never recompiles). "auto" on the CPU measures "cpp" and "composed" as `adapter` does.
-    keep: what the backward has s from, where the C++ kernel serves an fp32 site that emits only n, else "sum", s itself:
-    "norm", n, for who keeps it anyway (s where a gain is so small that dividing by it would show); "inputs", x and f, at
-    the price of the adapter's forward once more.
+    keep: from what the backward has s, where the C++ kernel serves an eager fp32 site that emits only n: "sum", s
+    itself, as everywhere else; "norm", n, for who keeps it anyway (s where a gain is so small that dividing by it would
+    show); "inputs", x and f, at the price of the adapter's forward once more.
     """
     if keep not in KEEPS:
         raise ValueError(f"adapter_residual_norm: keep is {keep!r}, expected one of {', '.join(KEEPS)}")
