@@ -34,12 +34,13 @@ class _ReluDropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, p):
         y, bits = torch.ops.fastpetl.cpu_activation_forward(rows(x), _RELU, False)
+        y = unflatten(y, x.shape)
         if p > 0:  # what was dropped is zero as well
-            y = F.dropout(y.view(x.shape), p).view(y.shape)
-            _, bits = torch.ops.fastpetl.cpu_activation_forward(y, _RELU, True)
+            y = F.dropout(y, p)
+            _, bits = torch.ops.fastpetl.cpu_activation_forward(rows(y), _RELU, True)
         ctx.save_for_backward(bits)
         ctx.scale = 1 / (1 - p) if p < 1 else 0.0
-        return unflatten(y, x.shape) if x.dim() > 1 else y.view(x.shape)
+        return y
 
     @staticmethod
     @first_order("relu_dropout")

@@ -103,6 +103,7 @@ struct Memory {
     return p;
   }
   void* out(int64_t count, bool want = true) { return want ? block(count, size(), true) : nullptr; }
+  uint8_t* out_bytes(int64_t count) { return (uint8_t*)block(count, 1, true); }
   float* out_float(int64_t count, bool want = true) { return want ? (float*)block(count, 4, true) : nullptr; }
   void check() const {
     for (size_t n = 0; n < blocks.size(); ++n) {
@@ -170,6 +171,8 @@ void site(int dtype, int64_t rows, int d, int r, int tail, int variant) {
   }
   b.rows = rows, b.d = d, b.r = r, b.activation = f.activation, b.add_x = f.add_x, b.tail = tail, b.scale = f.scale;
   fp_active()->adapter_backward(b, dtype);
+  b.y = f.n, b.y_is_n = 1, b.tail_bias = f.tail_bias, b.g = m.out(rows * d);
+  fp_active()->adapter_backward(b, dtype);
   m.check();
 }
 
@@ -217,7 +220,24 @@ void linear(int dtype, int64_t rows, int k, std::vector<int> n, int prologue, bo
   fp_active()->linear_forward(f, dtype);
   f.packed = backward, f.grad = m.in(rows * total), f.out = m.out(rows * k);
   fp_active()->linear_backward(f, dtype);
+  if (prologue == FP_PROLOGUE_GELU && k % 32 == 0) {
+    f.packed = nullptr, f.code = m.out_bytes(rows * (k / 2 * 5)), f.out = m.out(rows * total);
+    fp_active()->linear_forward(f, dtype);
+    f.x = nullptr, f.out = m.out(rows * k);
+    fp_active()->linear_backward(f, dtype);
+  }
   free(forward), free(backward);
+  m.check();
+}
+
+void activation(int dtype, int64_t rows, int k, int kind) {
+  Memory m(name("activation", dtype, {rows, k, kind}), dtype);
+  fp_activation_code a{};
+  a.x = m.in(rows * k), a.rows = rows, a.k = k, a.activation = kind, a.scale = 1.5f;
+  a.out = m.out(rows * k), a.code = m.out_bytes(kind == FP_RELU ? (rows * k + 7) / 8 : rows * (k / 2 * 5));
+  fp_active()->activation_forward(a, dtype);
+  a.out = m.out(rows * k);
+  fp_active()->activation_backward(a, dtype);
   m.check();
 }
 
@@ -230,6 +250,8 @@ void attention(int dtype, int64_t batch, int64_t tokens, int heads, int dim, boo
   a.out = m.out(numel), a.lse = m.out_float(batch * heads * tokens);
   fp_active()->attention_forward(a, dtype);
   a.out_in = a.out, a.grad = m.in(numel), a.dqkv = m.out(3 * numel);
+  fp_active()->attention_backward(a, dtype);
+  a.out_in = nullptr, a.dqkv = m.out(3 * numel);
   fp_active()->attention_backward(a, dtype);
   m.check();
 }
@@ -288,6 +310,10 @@ std::vector<Case> cases() {
   all.push_back([](int t) { site(t, 33, 80, 48, 1, 3); });
   for (int norm : {0, 1}) all.push_back([=](int t) { tasks(t, 71, 76, 20, norm); });
   all.push_back([](int t) { site(t, 1700, 760, 8, 2, 3); });                         // several slices
+  for (int64_t rows : {1, 33, 700}) {
+    all.push_back([=](int t) { activation(t, rows, 96, FP_GELU); });
+    for (int k : {1, 7, 96}) all.push_back([=](int t) { activation(t, rows, k, FP_RELU); });
+  }
   all.push_back([](int t) { linear(t, 33, 3072, {20}, FP_PROLOGUE_GELU, false); });  // deeper than one block
   all.push_back([](int t) { linear(t, 700, 20, {7000}, FP_NONE, true); });           // large enough to stream
   all.push_back([](int t) { phm(t, {{4, 19, 25}, {4, 192, 12}}, true); });
@@ -302,6 +328,8 @@ std::vector<Case> planted() {
       [](int t) { tasks(t, 5, 7, 3, true); },
       [](int t) { linear(t, 5, 7, {3, 5}, FP_LAYERNORM, false); },
       [](int t) { linear(t, 5, 7, {3}, FP_PROLOGUE_GELU, true); },
+      [](int t) { activation(t, 5, 32, FP_GELU); },
+      [](int t) { activation(t, 5, 7, FP_RELU); },
       [](int t) { attention(t, 1, 5, 2, 7, true); },
       [](int t) { residual_norm(t, 5, 7, 1, true, .25); },
       [](int t) { phm(t, {{3, 7, 5}, {3, 7, 5}}, false); },

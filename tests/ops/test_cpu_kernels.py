@@ -54,6 +54,13 @@ def _everything(dtype):
     qkv = draw(3, 130, 3 * 4 * 32)
     out, lse = ops.cpu_attention_forward(qkv, None, 4, 0.2, True)
     dqkv = ops.cpu_attention_backward(out, qkv, None, out, lse, 4, 0.2)
+    dqkv = [dqkv, ops.cpu_attention_backward(out, qkv, None, None, lse, 4, 0.2)]
+    coded = [*ops.cpu_activation_forward(x, 1, False)]
+    coded.append(ops.cpu_activation_backward(g, coded[1], 1, 1.25))
+    if dtype == torch.float32:
+        wide = [*ops.cpu_activation_forward(x[:, :256].contiguous(), 2, False)]
+        wide += ops.cpu_linear_forward_coded(x[:, :256].contiguous(), [w[:, :256].contiguous()], [])
+        coded += [*wide, ops.cpu_linear_backward_coded(h, wide[1], [w[:, :256].contiguous()])]
     mask, seed = torch.arange(600) % 3 == 0, torch.tensor(11)
     norm = []
     for tail in (1, 2):
@@ -62,7 +69,7 @@ def _everything(dtype):
     rule, ws = draw(4, 4, 4), [draw(4, 48, 70), draw(4, 19, 200)]
     hs = ops.cpu_phm_forward([rule], ws)
     phm = [hs, *ops.cpu_phm_backward(hs, [rule], ws, 3)]
-    return [y, z, stats, *grads, h, lstats, dh, out, lse, dqkv, *norm, *phm]
+    return [y, z, stats, *grads, h, lstats, dh, out, lse, *dqkv, *coded, *norm, *phm]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
