@@ -45,7 +45,7 @@ BACKENDS = {
     "linear": ("cpp", "onednn", "torch", "reference"),
     "attention": ("cpp", "torch", "reference"),
     "residual_norm": ("cpp", "triton", "torch", "reference"),
-    "relu_dropout": ("cpp", "torch", "reference"),
+    "dropout": ("cpp", "torch", "reference"),
     "phm": ("cpp", "triton", "reference"),
     "rows": ("triton", "cuda", "reference"),
     "multi_adapter": ("triton", "composed", "reference"),
@@ -59,7 +59,7 @@ _AUTO = {
     ("attention", "cpu"): ("cpp", "reference", "torch"),
     ("residual_norm", "cpu"): ("cpp", "torch"),
     ("residual_norm", "cuda"): ("triton", "torch"),
-    ("relu_dropout", "cpu"): ("cpp", "torch"),
+    ("dropout", "cpu"): ("cpp", "torch"),
     ("phm", "cpu"): ("cpp", "reference"),
     ("phm", "cuda"): ("triton", "reference"),
     ("rows", "cuda"): ("triton", "reference"),
@@ -71,14 +71,14 @@ _ELSEWHERE = {  # devices without kernels of ours
     "linear": "torch",
     "attention": "torch",
     "residual_norm": "torch",
-    "relu_dropout": "torch",
+    "dropout": "torch",
     "phm": "reference",
     "rows": "reference",
     "multi_adapter": "composed",  # of `adapter` calls, each with a backend of its own
 }
 _NAMES = tuple(dict.fromkeys(name for names in BACKENDS.values() for name in names))
 BY_SIZE = "by size"  # in place of a backend's name: each call asks the table of its GPU (`of_size`)
-_KERNELS = {"relu_dropout": "activation"}  # where csrc/cpu's name is another
+_KERNELS = {"dropout": "activation"}  # where csrc/cpu's name is another
 MAX_HEAD_DIM = 128  # csrc/cpu's attention keeps one head's row in registers
 
 

@@ -130,7 +130,11 @@ def exact_gelu(activation) -> bool:
 
 def drop(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     """Semantics: F.dropout; torch's own draws, so that a seed means what it means unpatched."""
-    return F.dropout(x, p) if training and p > 0 else x
+    if not training or p == 0:
+        return x
+    from fastpetl import ops
+
+    return ops.dropout(x, p)
 
 
 def activate(h: torch.Tensor, activation, p: float, training: bool, backend: str = "auto") -> torch.Tensor:
@@ -140,7 +144,7 @@ def activate(h: torch.Tensor, activation, p: float, training: bool, backend: str
 
     p = p if training else 0.0
     if is_relu(activation):
-        return ops.relu_dropout(h, p, backend=for_op("relu_dropout", backend))
+        return ops.relu_dropout(h, p, backend=for_op("dropout", backend))
     return drop(activation(h), p, True)
 
 
@@ -184,7 +188,7 @@ def attend(q, k, v, mask, dropout: float, scale: float | None = None) -> torch.T
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     scores = scores if mask is None else scores + mask
-    return (F.dropout(scores.softmax(-1), dropout) @ v).transpose(1, 2).flatten(2)
+    return (drop(scores.softmax(-1), dropout, True) @ v).transpose(1, 2).flatten(2)
 
 
 def interface(module, default):

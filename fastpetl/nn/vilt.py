@@ -20,6 +20,7 @@ from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR, AdaptedLinear
 from fastpetl.nn.adapter import INLINED_ADAPTER, fused_adapter, fused_site
 from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure
 from fastpetl.nn.lora import FusedLoRALinear, beside_others
+from fastpetl.nn.parts import drop
 from fastpetl.nn.task_layers import fused_routed
 from fastpetl.nn.vilt_das import DASViltLayer, SkipViltEncoder
 
@@ -234,7 +235,7 @@ def _norm(norm: nn.LayerNorm) -> tuple:
 
 
 def _drop(x: torch.Tensor, dropout: nn.Dropout) -> torch.Tensor:
-    return F.dropout(x, dropout.p) if dropout.training and dropout.p > 0 else x
+    return drop(x, dropout.p, dropout.training)
 
 
 def _share_rows(mask: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,12 +8,12 @@ from ._cache import WeightCache
 from .adapter import adapter, adapter_reference
 from .attention import attention, attention_reference
 from .cross_attention import cross_attention, cross_attention_reference, cross_attention_saves
+from .dropout import dropout, dropout_reference, relu_dropout, relu_dropout_reference
 from .hyper import HyperWeights, hyper_adapter, hyper_adapter_reference, hyper_embedding, hyper_weights
 from .linear import PackCache, linear, linear_reference
 from .lora import lora_linear, lora_linear_reference, merge_lora
 from .multi_adapter import multi_adapter, multi_adapter_reference
 from .phm import phm_adapter, phm_adapter_reference, phm_weight, phm_weights, phm_weights_reference
-from .relu_dropout import relu_dropout, relu_dropout_reference
 from .residual_norm import residual_norm, residual_norm_reference
 from .rows import gather_rows, scatter_rows
 from .site import adapter_residual_norm, adapter_residual_norm_reference
@@ -36,6 +36,8 @@ __all__ = [
     "cross_attention",
     "cross_attention_reference",
     "cross_attention_saves",
+    "dropout",
+    "dropout_reference",
     "hyper_adapter",
     "hyper_adapter_reference",
     "hyper_embedding",

@@ -15,7 +15,7 @@ from ops.op_cases import assert_two_times
 raw = torch.ops.fastpetl
 GELU, RELU = 2, 1
 pytestmark = pytest.mark.skipif(
-    not backends.verify("relu_dropout", "cpp", "cpu", torch.float32)[0], reason="needs the C++ kernels"
+    not backends.verify("dropout", "cpp", "cpu", torch.float32)[0], reason="needs the C++ kernels"
 )
 
 
@@ -113,18 +113,19 @@ def test_gelu_keeps_five_eighths_of_its_input(name, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("p", [0.0, 0.4, 1.0])
-def test_relu_dropout_is_torchs(isa, p, dtype):
+@pytest.mark.parametrize("op", ["dropout", "relu_dropout"])
+def test_dropout_is_torchs(isa, op, p, dtype):
     """The same draws, the same bits forward and backward, NaN and zero included; a bit an element is kept."""
     for shape in ((5,), (3000,), (7, 96), (2, 9, 31)):
         x = torch.randn(shape).to(dtype)
         x.view(-1)[:3] = torch.tensor([0.0, torch.nan, -0.0])
         cotangent, results = torch.randn(shape).to(dtype), []
-        for function in (ops.relu_dropout, ops.relu_dropout_reference):
+        for function in (getattr(ops, op), getattr(ops, f"{op}_reference")):
             torch.manual_seed(3)
             leaf = x.clone().requires_grad_()
             y, size = kept(lambda leaf=leaf, function=function: function(leaf, p))
             results.append((y.detach().clone(), torch.autograd.grad(y, leaf, cotangent)[0], torch.rand(1)))
-            if function is ops.relu_dropout:
+            if function is ops.relu_dropout or (function is ops.dropout and 0 < p < 1):
                 assert size == -(-x.numel() // 8)
         for got, want in zip(*results, strict=True):
             torch.testing.assert_close(got, want, rtol=2 * torch.finfo(dtype).eps, atol=0, equal_nan=True)

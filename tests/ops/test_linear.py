@@ -128,7 +128,7 @@ def test_explicit_backend_refuses_trainable_weights():
 
 
 def test_frozen_linear_keeps_no_input_for_backward():
-    """Saved for backward: nothing of x's size without a prologue, x alone (not p(x)) with a norm; GELU: test_kept.py."""
+    """Saved for backward: nothing of x's size without a prologue, x alone (not p(x)) with a norm. GELU: test_kept.py"""
     for prologue, allowed in ((None, 0), ("norm", 1)):
         x, weights, biases, options = arguments(64, 256, (512,), prologue, True)
         saved = []
