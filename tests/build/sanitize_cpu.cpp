@@ -171,8 +171,10 @@ void site(int dtype, int64_t rows, int d, int r, int tail, int variant) {
   }
   b.rows = rows, b.d = d, b.r = r, b.activation = f.activation, b.add_x = f.add_x, b.tail = tail, b.scale = f.scale;
   fp_active()->adapter_backward(b, dtype);
-  b.y = f.n, b.y_is_n = 1, b.tail_bias = f.tail_bias, b.g = m.out(rows * d);
-  fp_active()->adapter_backward(b, dtype);
+  if (dtype == FP_F32) {  // in the others a gain may be 0 here
+    b.y = f.n, b.y_is_n = 1, b.tail_bias = f.tail_bias, b.g = m.out(rows * d);
+    fp_active()->adapter_backward(b, dtype);
+  }
   m.check();
 }
 
