@@ -7,6 +7,7 @@ void use_torch_threads() {
   fp_parallel_for = [](int64_t n, int64_t grain, fp_task task, void* ctx) {
     torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { task(ctx, begin, end); });
   };
+  fp_threads = [] { return (int)torch::stable::get_num_threads(); };
 }
 
 std::tuple<Tensor, Tensor, Tensor> adapter_forward(const Tensor& x, const Tensor& w_down, const MaybeTensor& b_down, const Tensor& w_up,

@@ -14,14 +14,16 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
     const bool dz = p.dw_down || p.db_down || p.dnorm_weight || p.dnorm_bias, up = p.dw_up || p.db_up;
     const bool norm = p.dtail_weight || p.dtail_bias, weights = dz || up;
     const int64_t step = slice_rows(p, weights);
-    const BackwardRows<Elem> b = prepare(p, dz, norm, step);
+    const BackwardRows b = prepare(p, dz, norm, step);
+    const PackedWeights<T, E> packed({Slot::W_DOWN, p.dx ? p.w_down : nullptr, p.r, p.d, false},
+                                     {Slot::W_UP, p.dx || dz ? p.w_up : nullptr, p.d, p.r, false}, {}, p.rows < step ? p.rows : step);
     AdapterWeights<T, E> w(p, b.sums.total + b.sums.tail, b.gamma);
     for (int64_t r0 = 0; r0 == 0 || r0 < p.rows; r0 += step) {
       const fp_adapter_backward q = slice(p, r0, p.rows - r0 < step ? p.rows - r0 : step);
       if constexpr (PLAIN) {
-        if (p.tail || p.dx || dz || b.h) DirectAdapter<E>::backward_rows(q, b);
+        if (p.tail || p.dx || dz || b.h) DirectAdapter<E>::backward_rows(q, b, packed);
       } else if (p.tail || p.dx || dz) {
-        AdapterBackward::row_blocks(q.rows, p.d, p.r, [&](int64_t first, int64_t m) { block(q, b, first, m); });
+        AdapterBackward::row_blocks(packed, q.rows, p.d, p.r, [&](const auto& view, int64_t first, int64_t m) { block(q, b, view.down, view.up, first, m); });
       }
       if (dz || norm) b.sums.add_up(q.rows);
       if (weights) w.add(q, b.dz, b.h, r0 == 0, r0 + step >= p.rows);
@@ -36,11 +38,9 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
     const int64_t slices = weights ? 1 + p.rows * p.d * 5 * (int64_t)sizeof(T) / (12 << 20) : 1;
     return round_up((p.rows + slices - 1) / slices, 64) + (p.rows == 0);
   }
-  static BackwardRows<Elem> prepare(const fp_adapter_backward& p, bool dz, bool norm, int64_t rows) {
+  static BackwardRows prepare(const fp_adapter_backward& p, bool dz, bool norm, int64_t rows) {
     const int64_t d = p.d, r = p.r;
-    BackwardRows<Elem> b{};
-    if (p.dx || dz) b.wu = AdapterBackward::pack_weight_rows(Slot::W_UP, p.w_up, d, r);
-    if (p.dx) b.wd = AdapterBackward::pack_weight_rows(Slot::W_DOWN, p.w_down, r, d);
+    BackwardRows b{};
     b.gamma = load_vector<T>(Slot::GAMMA, p.norm_weight, d), b.tail_gamma = load_vector<T>(Slot::TAIL_GAMMA, p.tail_weight, d);
     if (p.tail && p.y_is_n) tail_inverse(b, load_vector<T>(Slot::BETA, p.tail_bias, d), d);
     if (dz) b.dz = scratch<float>(Slot::DZ, rows * r + 64);
@@ -54,7 +54,7 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
     return b;
   }
   // xhat = n inverse + shift
-  static void tail_inverse(BackwardRows<Elem>& b, const float* beta, int64_t d) {
+  static void tail_inverse(BackwardRows& b, const float* beta, int64_t d) {
     float *inverse = scratch<float>(Slot::TAIL_INVERSE, round_up(d, 64) + 64), *shift = scratch<float>(Slot::TAIL_SHIFT, round_up(d, 64) + 64);
     for (int64_t j = 0; j < round_up(d, 64); ++j) {
       inverse[j] = j < d ? 1.f / b.tail_gamma[j] : 0.f;
@@ -80,7 +80,7 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
     return q;
   }
 
-  static void block(const fp_adapter_backward& p, const BackwardRows<Elem>& b, int64_t r0, int64_t m) {
+  static void block(const fp_adapter_backward& p, const BackwardRows& b, const Elem* wd, const Elem* wu, int64_t r0, int64_t m) {
     const int64_t d = p.d, r = p.r, width = round_up(d > r ? d : r, 64) + 64;
     float* row = scratch<float>(4, width);
     Elem *a = scratch<Elem>(5, E::a_size(m, d)), *da = scratch<Elem>(6, E::a_size(m, r));
@@ -95,7 +95,7 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
     }
     if (!product) return;
     E::zero_a_rows(a, d, m);
-    multiply<E>(a, d, m, b.wu, r, c);
+    multiply<E>(a, d, m, wu, r, c);
     for (int64_t i = 0; i < m; ++i) {
       gather_row<E>(c, m, i, row, r);
       const T* z = (const T*)p.z + row_of(p, r0 + i) * r;
@@ -110,7 +110,7 @@ template <class T, class E> struct AdapterBackward : AdapterBase<T, E> {
     }
     if (!p.dx) return;
     E::zero_a_rows(da, r, m);
-    multiply<E>(da, r, m, b.wd, d, c);
+    multiply<E>(da, r, m, wd, d, c);
     for (int64_t i = 0; i < m; ++i) {
       gather_row<E>(c, m, i, row, d);
       adapter_dx_row<T>(p, b.gamma, r0 + i, row);

@@ -2,12 +2,13 @@
 // in the first-level cache, and what this strip's end and the next strip need is fetched while the products run.
 #pragma once
 #include "ahead.h"
-#include "pack.h"
+#include "packed_weights.h"
 
 namespace FP_ISA {
 
 // What an adapter's rows need besides themselves: vectors of parameters as floats, null where there are none
-struct AdapterVectors { const float *gamma, *beta, *b_down, *b_up, *tail_gamma, *tail_beta; };  // b_up times scale, never null
+// (b_down and scale b_up: zeros)
+struct AdapterVectors { const float *gamma, *beta, *b_down, *b_up, *tail_gamma, *tail_beta; };
 
 // The row of the matrices that is the pass's row i, and whether rows i.. i + m lie one behind the other
 template <class P> FP_INLINE int64_t row_of(const P& p, int64_t i) { return p.order ? p.order[i] : i; }
@@ -29,17 +30,16 @@ struct RowSums {
       for (int64_t j = 0; j < stride; j += VL) store(total + j, load(total + j) + load(of(r0) + j));
   }
 };
-// What the backward's pass over the rows is given (packed weights) and makes (dz, h, the sums); null: not wanted
-template <class Elem> struct BackwardRows {
-  const Elem *wu, *wd;
+// What the backward's pass over the rows is given besides the weights and makes (dz, h, the sums); null: not wanted
+struct BackwardRows {
   const float *gamma, *tail_gamma, *tail_inverse, *tail_shift;  // the latter two where y is n: xhat = n inverse + shift
   float *dz, *h;
   RowSums sums;
 };
 
 // g = g_s + the gradient of y through the trailing norm. e: room for the row; KEEP leaves g as stored there.
-template <class T, bool KEEP, class Elem>
-static void adapter_tail_row(const fp_adapter_backward& p, const BackwardRows<Elem>& b, int64_t i, float* e) {
+template <class T, bool KEEP>
+static void adapter_tail_row(const fp_adapter_backward& p, const BackwardRows& b, int64_t i, float* e) {
   const int64_t row = row_of(p, i), at = row * p.d;
   const T *g_n = (const T*)p.g_n + at, *y = (const T*)p.y + at;
   const RowStats stats = row_stats_at(p.tail_stats, row);
@@ -66,12 +66,14 @@ constexpr int64_t STRIP = 16;
 
 template <class E> struct DirectAdapter {
   typedef typename E::Left Left;
+  typedef PackedWeights<float, E> Weights;
 
-  // body(first row, rows, rows of the strip after it, 0 where that is another thread's)
-  template <class Body> static void strips(int64_t rows, int64_t d, int64_t r, const Body& body) {
+  // body(weights, first row, rows, rows of the strip after it, 0 where that is another thread's)
+  template <class Body> static void strips(const Weights& w, int64_t rows, int64_t d, int64_t r, const Body& body) {
     parallel((rows + STRIP - 1) / STRIP, grain(4. * STRIP * d * (r + 16)), [&](int64_t begin, int64_t end) {
+      const auto packed = w.view();
       auto size = [&](int64_t t) { return t >= end ? 0 : rows - t * STRIP < STRIP ? rows - t * STRIP : STRIP; };
-      for (int64_t t = begin; t < end; ++t) body(t * STRIP, size(t), size(t + 1));
+      for (int64_t t = begin; t < end; ++t) body(packed, t * STRIP, size(t), size(t + 1));
     });
   }
   // Rows i.. of the matrix t, where they lie together
@@ -85,41 +87,42 @@ template <class E> struct DirectAdapter {
     return {room, width, 1};
   }
 
+  // The norm's weight and bias are folded into the weights: a row is only centred here, and its product scaled by rstd.
   // finish(row, u): the rows of y and n from the up product u, which it may overwrite
-  template <class Finish>
-  static void forward(const fp_adapter_forward& p, const AdapterVectors& v, const float* wd, const float* wu, const Finish& finish) {
+  template <class Finish> static void forward(const fp_adapter_forward& p, const Weights& w, const Finish& finish) {
     const int64_t d = p.d, r = p.r, width = round_up(d, E::NP) + 64, ldh = round_up(r, E::NP);
-    strips(p.rows, d, r, [&](int64_t r0, int64_t m, int64_t following) {
+    strips(w, p.rows, d, r, [&](const auto& packed, int64_t r0, int64_t m, int64_t following) {
       float *n = scratch<float>(4, STRIP * width), *h = scratch<float>(5, STRIP * ldh), *u = scratch<float>(6, STRIP * width);
+      float rstd[STRIP];
       for (int64_t i = 0; p.norm_weight && i < m; ++i) {
         const int64_t row = row_of(p, r0 + i);
-        const float* x = (const float*)p.x + row * d;
-        const RowStats s = row_stats(x, d, p.eps);
+        const RowStats s = center_row((const float*)p.x + row * d, n + i * width, d, p.eps);
         put_stats(p.stats, row, s);
-        row_normalize(x, n + i * width, d, s, v.gamma, v.beta);
+        rstd[i] = s.rstd;
       }
       Ahead ahead;
       ask(ahead, p, p.res1, r0, m), ask(ahead, p, p.res2, r0, m), ask(ahead, p, p.y, r0, m), ask(ahead, p, p.n, r0, m);
       ask(ahead, p, p.x, r0 + STRIP, following);
       ahead.spread(E::steps(m, d, r) + E::steps(m, r, d));
-      E::product(p.norm_weight ? Left{n, width, 1} : left(p, p.x, r0, m, n, width), m, d, wd, r, h, ldh, E::NP, false, &ahead);
+      E::product(p.norm_weight ? Left{n, width, 1} : left(p, p.x, r0, m, n, width), m, d, packed.down, r, h, ldh, E::NP, false, &ahead);
       for (int64_t i = 0; i < m; ++i) {
         float *hi = h + i * ldh, *zi = p.z ? (float*)p.z + row_of(p, r0 + i) * r : nullptr;
+        const vf factor = splat(p.norm_weight ? rstd[i] : 1.f);
         for (int64_t j = 0; j < r; j += VL) {
-          const vf z = v.b_down ? load(hi + j) + load(v.b_down + j) : load(hi + j);
+          const vf z = fma(load(hi + j), factor, load(packed.bias + j));
           if (zi) store(zi + j, z, r - j);
           store(hi + j, activate(p.activation, z));
         }
       }
-      E::product({h, ldh, 1}, m, r, wu, d, u, width, E::NP, false, &ahead);
+      E::product({h, ldh, 1}, m, r, packed.up, d, u, width, E::NP, false, &ahead);
       for (int64_t i = 0; i < m; ++i) finish(row_of(p, r0 + i), u + i * width);
     });
   }
 
-  static void backward_rows(const fp_adapter_backward& p, const BackwardRows<float>& b) {
+  static void backward_rows(const fp_adapter_backward& p, const BackwardRows& b, const Weights& w) {
     const int64_t d = p.d, r = p.r, width = round_up(d, E::NP) + 64, ldh = round_up(r, E::NP);
     const bool product = b.dz || p.dx;
-    strips(p.rows, d, r, [&](int64_t r0, int64_t m, int64_t following) {
+    strips(w, p.rows, d, r, [&](const auto& packed, int64_t r0, int64_t m, int64_t following) {
       float *h = scratch<float>(5, STRIP * ldh), *u = scratch<float>(6, STRIP * width);
       if (b.sums.parts) b.sums.start(r0);
       for (int64_t i = r0; p.tail && i < r0 + m; ++i) adapter_tail_row<float, false>(p, b, i, u);
@@ -129,15 +132,15 @@ template <class E> struct DirectAdapter {
       ask(ahead, p, p.grad, r0 + STRIP, following);  // with a tail this is g, to be written
       ask(ahead, p, p.g_n, r0 + STRIP, following), ask(ahead, p, p.y, r0 + STRIP, following), ask(ahead, p, p.g_s, r0 + STRIP, following);
       ahead.spread(E::steps(m, d, r) + (p.dx ? E::steps(m, r, d) : 0));
-      if (product) E::product(left(p, p.grad, r0, m, u, width), m, d, b.wu, r, h, ldh, E::NP, false, &ahead);
+      if (product) E::product(left(p, p.grad, r0, m, u, width), m, d, packed.up, r, h, ldh, E::NP, false, &ahead);
       bottleneck(p, b, r0, m, product, h, ldh);
       if (!p.dx) return;
-      E::product({h, ldh, 1}, m, r, b.wd, d, u, width, E::NP, false, &ahead);
+      E::product({h, ldh, 1}, m, r, packed.down, d, u, width, E::NP, false, &ahead);
       for (int64_t i = 0; i < m; ++i) adapter_dx_row<float>(p, b.gamma, r0 + i, u + i * width);
     });
   }
   // dz from the gradient h of the activation, in its place, and the activation itself
-  static void bottleneck(const fp_adapter_backward& p, const BackwardRows<float>& b, int64_t r0, int64_t m, bool product, float* h, int64_t ldh) {
+  static void bottleneck(const fp_adapter_backward& p, const BackwardRows& b, int64_t r0, int64_t m, bool product, float* h, int64_t ldh) {
     const int64_t r = p.r;
     for (int64_t i = 0; i < m; ++i) {
       const float* zi = (const float*)p.z + row_of(p, r0 + i) * r;

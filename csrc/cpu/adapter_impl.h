@@ -5,42 +5,20 @@
 
 namespace FP_ISA {
 
-// Scratch slots of the calling thread that its workers read; theirs are 4 to 9 and 15
-struct Slot {
-  enum { W_DOWN = 0, W_UP = 1, GAMMA = 2, BETA = 3, B_DOWN = 10, B_UP = 11, DZ = 12, H = 13, TAIL_GAMMA = 14, TAIL_BETA = 16,
-         PARTS = 17, TOTAL = 18, PRODUCTS = 19, UP_SUMS = 20, LEFT_DZ = 21, LEFT_H = 22,
-         TAIL_INVERSE = 23, TAIL_SHIFT = 24 };
-};
-
 template <class T, class E> struct AdapterBase {
   using Elem = typename E::Elem;
 
   // Nothing to convert: rows go as they are (adapter_direct_impl.h)
   static constexpr bool PLAIN = std::is_same<T, float>::value && std::is_same<Elem, float>::value;
 
-  // y = x W^T wants B[k = columns of W, n = rows of W]
-  static Elem* pack_weight_columns(int slot, const void* w, int64_t rows, int64_t cols) {
-    Elem* out = scratch<Elem>(slot, columns_size<E>(cols, rows));
-    parallel(column_groups<E>(rows), grain(400. * cols), [&](int64_t begin, int64_t end) {
-      pack_columns<E>(out, cols, rows, begin, end, [&](int64_t i) { return (const T*)w + i * cols; });
-    });
-    return out;
-  }
-  static Elem* pack_weight_rows(int slot, const void* w, int64_t rows, int64_t cols) {
-    Elem* out = scratch<Elem>(slot, E::b_size(rows, cols));
-    parallel(E::pad_k(rows) / 2, grain(40. * cols), [&](int64_t begin, int64_t end) {
-      pack_rows<E>(out, rows, cols, begin, end, [&](int64_t i) { return (const T*)w + i * cols; });
-    });
-    return out;
-  }
-
-  template <class Body> static void row_blocks(int64_t rows, int64_t d, int64_t r, const Body& body) {
+  template <class Body> static void row_blocks(const PackedWeights<T, E>& w, int64_t rows, int64_t d, int64_t r, const Body& body) {
     parallel((rows + E::UNIT - 1) / E::UNIT, grain(4. * E::UNIT * d * (r + 16)), [&](int64_t begin, int64_t end) {
       typename E::Session session;
       (void)session;
+      const auto view = w.view();
       for (int64_t u = begin; u < end; u += E::BLOCK_UNITS) {
         const int64_t r0 = u * E::UNIT, r1 = (u + E::BLOCK_UNITS < end ? u + E::BLOCK_UNITS : end) * E::UNIT;
-        body(r0, (r1 < rows ? r1 : rows) - r0);
+        body(view, r0, (r1 < rows ? r1 : rows) - r0);
       }
     });
   }
@@ -51,20 +29,22 @@ template <class T, class E> struct AdapterForward : AdapterBase<T, E> {
 
   static void run(const fp_adapter_forward& p) {
     const int64_t d = p.d, r = p.r;
-    const Elem *wd = AdapterForward::pack_weight_columns(Slot::W_DOWN, p.w_down, r, d), *wu = AdapterForward::pack_weight_columns(Slot::W_UP, p.w_up, d, r);
     const AdapterVectors v = {load_vector<T>(Slot::GAMMA, p.norm_weight, d), load_vector<T>(Slot::BETA, p.norm_bias, d),
-                              load_vector<T>(Slot::B_DOWN, p.b_down, r), scaled(p),
+                              load_or_zeros(Slot::B_DOWN, p.b_down, r, 1.f), load_or_zeros(Slot::B_UP, p.b_up, d, p.scale),
                               load_vector<T>(Slot::TAIL_GAMMA, p.tail_weight, d), load_vector<T>(Slot::TAIL_BETA, p.tail_bias, d)};
-    if constexpr (AdapterForward::PLAIN)
-      DirectAdapter<E>::forward(p, v, wd, wu, [&](int64_t row, float* u) { finish_row(p, v, row, u, E::NP, u); });
+    constexpr bool plain = AdapterForward::PLAIN;
+    const PackedWeights<T, E> w({Slot::W_DOWN, p.w_down, r, d, true}, {Slot::W_UP, p.w_up, d, r, true},
+                                {plain ? v.gamma : nullptr, v.beta, plain ? v.b_down : nullptr}, p.rows);
+    if constexpr (plain)
+      DirectAdapter<E>::forward(p, w, [&](int64_t row, float* u) { finish_row(p, v, row, u, E::NP, u); });
     else
-      AdapterForward::row_blocks(p.rows, d, r, [&](int64_t r0, int64_t m) { block(p, v, wd, wu, r0, m); });
+      AdapterForward::row_blocks(w, p.rows, d, r, [&](const auto& view, int64_t r0, int64_t m) { block(p, v, view.down, view.up, r0, m); });
   }
 
-  // scale b_up, zeros where there is none
-  static const float* scaled(const fp_adapter_forward& p) {
-    float* b = p.b_up ? load_vector<T>(Slot::B_UP, p.b_up, p.d) : scratch<float>(Slot::B_UP, round_up(p.d, 64) + 64);
-    for (int64_t j = 0; j < round_up(p.d, 64); j += VL) store(b + j, p.b_up ? load(b + j) * splat(p.scale) : vf{});
+  // A vector of parameters times scale, zeros where there is none
+  static float* load_or_zeros(int slot, const void* p, int64_t n, float scale) {
+    float* b = p ? load_vector<T>(slot, p, n) : scratch<float>(slot, round_up(n, 64) + 64);
+    for (int64_t j = 0; j < round_up(n, 64); j += VL) store(b + j, p ? load(b + j) * splat(scale) : vf{});
     return b;
   }
 
@@ -87,7 +67,7 @@ template <class T, class E> struct AdapterForward : AdapterBase<T, E> {
     multiply<E>(a, d, m, wd, r, c);
     for (int64_t i = 0; i < m; ++i) {
       gather_row<E>(c, m, i, row, r);
-      if (v.b_down) for (int64_t j = 0; j < r; j += VL) store(row + j, load(row + j) + load(v.b_down + j));
+      for (int64_t j = 0; j < r; j += VL) store(row + j, load(row + j) + load(v.b_down + j));
       if (p.z) store_row((T*)p.z + row_of(p, r0 + i) * r, row, r);
       for (int64_t j = 0; j < r; j += VL) store(row + j, activate(p.activation, load(row + j)), r - j);
       E::put_a_row(h, r, i, row);

@@ -120,6 +120,7 @@ const fp_kernels* fp_active();  // the table in use: the best this CPU has, or w
 // The binding's thread pool: runs task(ctx, begin, end) over [0, n) in chunks of at least `grain`.
 typedef void (*fp_task)(void* ctx, int64_t begin, int64_t end);
 extern void (*fp_parallel_for)(int64_t n, int64_t grain, fp_task task, void* ctx);
+extern int (*fp_threads)();  // how many it has
 
 extern "C" {
 const char* fastpetl_cpu_isa();              // "amx", "avx512bf16", "avx512", "avx2" or "portable"

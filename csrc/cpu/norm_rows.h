@@ -49,6 +49,17 @@ template <class X> FP_INLINE RowStats row_stats(const X* row, int64_t n, float e
   });
   return {mean, 1.f / sqrtf(squares / n + eps)};
 }
+// The same, the centred row, x - mean, left in `out`
+FP_INLINE RowStats center_row(const float* x, float* out, int64_t n, float eps) {
+  const float mean = row_sum(n, [&](int64_t j, int64_t left, vf s) { return s + load(x + j, left); }) / n;
+  const vf mu = splat(mean);
+  const float squares = row_sum(n, [&](int64_t j, int64_t left, vf s) {
+    const vf a = fill_behind(load(x + j, left) - mu, left, 0.f);
+    store(out + j, a);
+    return fma(a, a, s);
+  });
+  return {mean, 1.f / sqrtf(squares / n + eps)};
+}
 // y = (x - mean) rstd gamma + beta, which may be x; gamma and beta zero-padded, either may be null
 template <class X, class Y>
 FP_INLINE void row_normalize(const X* x, Y* y, int64_t n, RowStats s, const float* gamma, const float* beta) {

@@ -12,11 +12,12 @@ template <class T> static float* load_vector(int slot, const void* p, int64_t n)
   return out;
 }
 
-// B[k, n] from rows of its transpose: at(j), j < n, points at row j. Groups of 16 columns [begin, end).
+// B[k, n] from rows of its transpose: at(j), j < n, points at row j. Groups of 16 columns [begin, end). factor: null, or
+// what row k of B is multiplied by, zero-padded.
 template <class E> static int64_t column_groups(int64_t n) { return round_up(n, E::NP) / 16 + (E::NP % 16 != 0); }
 template <class E> static int64_t columns_size(int64_t k, int64_t n) { return E::b_size(k, column_groups<E>(n) * 16); }
 template <class E, bool STREAM = false, class At>
-static void pack_columns(typename E::Elem* out, int64_t k, int64_t n, int64_t begin, int64_t end, const At& at) {
+static void pack_columns(typename E::Elem* out, int64_t k, int64_t n, int64_t begin, int64_t end, const At& at, const float* factor = nullptr) {
   const int64_t width = E::pad_k(k) + 64;
   float* tmp = scratch<float>(15, 16 * width);
   for (int64_t g = begin; g < end; ++g) {
@@ -25,6 +26,7 @@ static void pack_columns(typename E::Elem* out, int64_t k, int64_t n, int64_t be
       float* row = tmp + j * width;
       if (g * 16 + j < n) load_row(at(g * 16 + j), row, k, E::pad_k(k));
       else memset(row, 0, width * 4);
+      for (int64_t i = 0; factor && i < k; i += VL) store(row + i, load(row + i) * load(factor + i));
       rows[j] = row;
     }
     E::template put_b_columns<STREAM>(out, k, g * 16, rows);
