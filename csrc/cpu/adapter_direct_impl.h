@@ -3,6 +3,7 @@
 #pragma once
 #include "ahead.h"
 #include "packed_weights.h"
+#include "shares.h"
 
 namespace FP_ISA {
 
@@ -68,13 +69,12 @@ template <class E> struct DirectAdapter {
   typedef typename E::Left Left;
   typedef PackedWeights<float, E> Weights;
 
-  // body(weights, first row, rows, rows of the strip after it, 0 where that is another thread's)
+  struct Strip { int64_t row, rows; };
+  // body(weights, strip, the strip that this thread does next, which may have no rows)
   template <class Body> static void strips(const Weights& w, int64_t rows, int64_t d, int64_t r, const Body& body) {
-    parallel((rows + STRIP - 1) / STRIP, grain(4. * STRIP * d * (r + 16)), [&](int64_t begin, int64_t end) {
-      const auto packed = w.view();
-      auto size = [&](int64_t t) { return t >= end ? 0 : rows - t * STRIP < STRIP ? rows - t * STRIP : STRIP; };
-      for (int64_t t = begin; t < end; ++t) body(packed, t * STRIP, size(t), size(t + 1));
-    });
+    auto strip = [=](int64_t t) { return t < 0 ? Strip{0, 0} : Strip{t * STRIP, rows - t * STRIP < STRIP ? rows - t * STRIP : STRIP}; };
+    shared_out((rows + STRIP - 1) / STRIP, grain(4. * STRIP * d * (r + 16)), 2, [&] { return w.view(); },
+               [&](const auto& packed, int64_t t, int64_t next) { body(packed, strip(t), strip(next)); });
   }
   // Rows i.. of the matrix t, where they lie together
   template <class P> static void ask(Ahead& ahead, const P& p, const void* t, int64_t i, int64_t rows) {
@@ -91,7 +91,8 @@ template <class E> struct DirectAdapter {
   // finish(row, u): the rows of y and n from the up product u, which it may overwrite
   template <class Finish> static void forward(const fp_adapter_forward& p, const Weights& w, const Finish& finish) {
     const int64_t d = p.d, r = p.r, width = round_up(d, E::NP) + 64, ldh = round_up(r, E::NP);
-    strips(w, p.rows, d, r, [&](const auto& packed, int64_t r0, int64_t m, int64_t following) {
+    strips(w, p.rows, d, r, [&](const auto& packed, Strip now, Strip next) {
+      const int64_t r0 = now.row, m = now.rows;
       float *n = scratch<float>(4, STRIP * width), *h = scratch<float>(5, STRIP * ldh), *u = scratch<float>(6, STRIP * width);
       float rstd[STRIP];
       for (int64_t i = 0; p.norm_weight && i < m; ++i) {
@@ -102,7 +103,7 @@ template <class E> struct DirectAdapter {
       }
       Ahead ahead;
       ask(ahead, p, p.res1, r0, m), ask(ahead, p, p.res2, r0, m), ask(ahead, p, p.y, r0, m), ask(ahead, p, p.n, r0, m);
-      ask(ahead, p, p.x, r0 + STRIP, following);
+      ask(ahead, p, p.x, next.row, next.rows);
       ahead.spread(E::steps(m, d, r) + E::steps(m, r, d));
       E::product(p.norm_weight ? Left{n, width, 1} : left(p, p.x, r0, m, n, width), m, d, packed.down, r, h, ldh, E::NP, false, &ahead);
       for (int64_t i = 0; i < m; ++i) {
@@ -122,15 +123,16 @@ template <class E> struct DirectAdapter {
   static void backward_rows(const fp_adapter_backward& p, const BackwardRows& b, const Weights& w) {
     const int64_t d = p.d, r = p.r, width = round_up(d, E::NP) + 64, ldh = round_up(r, E::NP);
     const bool product = b.dz || p.dx;
-    strips(w, p.rows, d, r, [&](const auto& packed, int64_t r0, int64_t m, int64_t following) {
+    strips(w, p.rows, d, r, [&](const auto& packed, Strip now, Strip next) {
+      const int64_t r0 = now.row, m = now.rows;
       float *h = scratch<float>(5, STRIP * ldh), *u = scratch<float>(6, STRIP * width);
       if (b.sums.parts) b.sums.start(r0);
       for (int64_t i = r0; p.tail && i < r0 + m; ++i) adapter_tail_row<float, false>(p, b, i, u);
       Ahead ahead;
       if (p.stats) ask(ahead, p, p.x, r0, m);
       ask(ahead, p, p.dx, r0, m);
-      ask(ahead, p, p.grad, r0 + STRIP, following);  // with a tail this is g, to be written
-      ask(ahead, p, p.g_n, r0 + STRIP, following), ask(ahead, p, p.y, r0 + STRIP, following), ask(ahead, p, p.g_s, r0 + STRIP, following);
+      ask(ahead, p, p.grad, next.row, next.rows);  // with a tail this is g, to be written
+      ask(ahead, p, p.g_n, next.row, next.rows), ask(ahead, p, p.y, next.row, next.rows), ask(ahead, p, p.g_s, next.row, next.rows);
       ahead.spread(E::steps(m, d, r) + (p.dx ? E::steps(m, r, d) : 0));
       if (product) E::product(left(p, p.grad, r0, m, u, width), m, d, packed.up, r, h, ldh, E::NP, false, &ahead);
       bottleneck(p, b, r0, m, product, h, ldh);
