@@ -73,7 +73,7 @@ template <class E> struct DirectAdapter {
   // body(weights, strip, the strip that this thread does next, which may have no rows)
   template <class Body> static void strips(const Weights& w, int64_t rows, int64_t d, int64_t r, const Body& body) {
     auto strip = [=](int64_t t) { return t < 0 ? Strip{0, 0} : Strip{t * STRIP, rows - t * STRIP < STRIP ? rows - t * STRIP : STRIP}; };
-    shared_out((rows + STRIP - 1) / STRIP, grain(4. * STRIP * d * (r + 16)), 2, [&] { return w.view(); },
+    items((rows + STRIP - 1) / STRIP, grain(4. * STRIP * d * (r + 16)), 2, [&] { return w.view(); },
                [&](const auto& packed, int64_t t, int64_t next) { body(packed, strip(t), strip(next)); });
   }
   // Rows i.. of the matrix t, where they lie together

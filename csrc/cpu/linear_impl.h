@@ -1,12 +1,13 @@
 // Frozen linears side by side, y = p(x) [W_0; W_1; ...]^T + b, with the layer norm or GELU in front applied while A is
 // packed, and the matching input gradient. Row blocks run in parallel; a row's result does not depend on the split.
 #pragma once
-#include "activation_impl.h"
+#include "linear_direct_impl.h"
 
 namespace FP_ISA {
 
 template <class T, class E> struct Linear {
   using Elem = typename E::Elem;
+  static constexpr bool PLAIN = std::is_same<T, float>::value && std::is_same<Elem, float>::value;
   // scratch slots: 0-3 of the calling thread (shared by its workers), 4-9 of each worker
   static constexpr size_t LARGE = 12 << 20;  // bytes of output from which no cache keeps it for the next op
   static const T* weight_row(const fp_linear& a, int64_t row) {
@@ -86,6 +87,7 @@ template <class T, class E> struct Linear {
       for (int64_t i = 0, at = 0; i < a.count; at += a.n[i++])
         if (a.b[i]) for (int j = 0; j < a.n[i]; ++j) bias[at + j] = up(((const T*)a.b[i])[j]);
     const float *gamma = load_vector<T>(2, a.norm_weight, a.k), *beta = load_vector<T>(3, a.norm_bias, a.k);
+    if constexpr (PLAIN) return DirectLinear<E>::forward(a, n, b, bias, gamma, beta, LARGE);
     const bool large = a.rows * n * sizeof(T) > LARGE;
     row_blocks(a.rows, a.k, n, [&](int64_t r0, int64_t m) {
       const T* x = (const T*)a.x + r0 * a.k;
@@ -126,6 +128,7 @@ template <class T, class E> struct Linear {
     const int64_t n = total(a), width = round_up(a.k > n ? a.k : n, 64) + 64;
     const Elem* b = packed_operand(a, n, 1);
     const float* gamma = load_vector<T>(2, a.norm_weight, a.k);
+    if constexpr (PLAIN) return DirectLinear<E>::backward(a, n, b, gamma, LARGE);
     const bool norm = a.prologue == FP_LAYERNORM, large = a.rows * a.k * sizeof(T) > LARGE;
     row_blocks(a.rows, n, a.k, [&](int64_t r0, int64_t m) {
       const T *g = (const T*)a.grad + r0 * n, *x = (const T*)a.x + r0 * a.k;

@@ -10,7 +10,7 @@ struct Portion {
   bool some() const { return begin < end; }
 };
 struct Shares {
-  const int64_t count, least;  // items; in a portion, at least
+  const int64_t count, least, most;  // items; in a portion
   const int threads;
   int64_t next = 0;
   Portion take() {
@@ -18,29 +18,40 @@ struct Shares {
     p.begin = __atomic_load_n(&next, __ATOMIC_RELAXED);
     do {
       if (p.begin >= count) return {};
-      const int64_t share = (count - p.begin) / (3 * threads), size = share > least ? share : least;
+      const int64_t share = (count - p.begin) / (3 * threads), size = share < least ? least : share > most ? most : share;
       p.end = p.begin + size < count ? p.begin + size : count;
     } while (!__atomic_compare_exchange_n(&next, &p.begin, p.end, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
     return p;
   }
 };
-// task(item, the item the same thread does next, -1: none or not known yet), for count items; start() once per thread.
-// grain: items worth a thread
-template <class Start, class Task> static void shared_out(int64_t count, int64_t grain, int64_t least, const Start& start, const Task& task) {
-  const int64_t most = (count + grain - 1) / grain, threads = most < fp_threads() ? most : fp_threads();
-  Shares shares{count, least, (int)(threads > 0 ? threads : 1)};
+// body(context, portion, the portion after it) on threads worth `grain` items each; start() makes a thread's context
+template <class Start, class Body>
+static void portions(int64_t count, int64_t grain, int64_t least, int64_t most, const Start& start, const Body& body) {
+  const int64_t worth = (count + grain - 1) / grain, threads = worth < fp_threads() ? worth : fp_threads();
+  Shares shares{count, least, most, (int)(threads > 0 ? threads : 1)};
   parallel(threads, 1, [&](int64_t, int64_t) {
     Portion now = shares.take();
     if (!now.some()) return;
     auto context = start();
     while (now.some()) {
-      Portion then;
-      for (int64_t i = now.begin; i < now.end; ++i) {
-        if (i + 1 == now.end) then = shares.take();
-        task(context, i, i + 1 < now.end ? i + 1 : then.some() ? then.begin : -1);
+      if constexpr (std::is_invocable<Body, decltype(context)&, Portion>::value) {
+        body(context, now);
+        now = shares.take();
+      } else {
+        now = body(context, now, [&] { return shares.take(); });
       }
-      now = then;
     }
+  });
+}
+// task(context, item, the item the same thread does next or -1) for count items
+template <class Start, class Task> static void items(int64_t count, int64_t grain, int64_t least, const Start& start, const Task& task) {
+  portions(count, grain, least, count, start, [&](auto& context, Portion now, const auto& take) {
+    Portion then;
+    for (int64_t i = now.begin; i < now.end; ++i) {
+      if (i + 1 == now.end) then = take();
+      task(context, i, i + 1 < now.end ? i + 1 : then.some() ? then.begin : -1);
+    }
+    return then;
   });
 }
 

@@ -25,7 +25,9 @@ typedef float vfu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 struct bf16 { uint16_t bits; };
 struct half { uint16_t bits; };  // IEEE binary16
 
-#define FP_INLINE static inline __attribute__((always_inline))
+#define FP_INLINED __attribute__((always_inline))
+#define FP_APART __attribute__((noinline))
+#define FP_INLINE static inline FP_INLINED
 
 FP_INLINE vf splat(float x) { return x - (vf){}; }
 FP_INLINE vf load(const float* p) { return *(const vfu*)p; }
@@ -193,6 +195,13 @@ template <class T> FP_INLINE void stream(T* p, vf v, int64_t n) {
   }
 #endif
   store(p, v, n);
+}
+FP_INLINE void stream_whole(float* p, vf v) {  // p aligned
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#else
+  store(p, v);
+#endif
 }
 // Asks for memory that is needed soon, in a pattern that the hardware does not see
 FP_INLINE void fetch(const void* p, int64_t bytes) {
