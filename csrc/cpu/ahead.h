@@ -8,17 +8,17 @@ namespace FP_ISA {
 struct Ahead {
   struct Part { const char* p; int64_t step, steps; };  // a request every `step` bytes
   Part parts[24];
-  int count = 0, at = 0;
+  unsigned count = 0, at = 0;
   void add(const void* p, int64_t bytes) {
     if (p && bytes > 0) parts[count++] = {(const char*)p, 0, bytes};
   }
   // spreads what was added over that many steps; a request every 64 bytes at most leaves no line out
   void spread(int64_t steps) {
     int64_t bytes = 0;
-    for (int i = 0; i < count; ++i) bytes += parts[i].steps;
+    for (unsigned i = 0; i < count; ++i) bytes += parts[i].steps;
     int64_t step = round_up(bytes / (steps + 1) + 1, 8);
     step = step < 16 ? 16 : step > 64 ? 64 : step;
-    for (int i = 0; i < count; ++i) parts[i].step = step, parts[i].steps = parts[i].steps / step + 1;
+    for (unsigned i = 0; i < count; ++i) parts[i].step = step, parts[i].steps = parts[i].steps / step + 1;
   }
   // `bytes` of each of `rows` rows
   void add_columns(const void* p, int64_t ld, int64_t rows, int64_t bytes) {

@@ -56,7 +56,7 @@ template <class E> struct DirectLinear {
     const bool one = depth <= DEEP;
     return {scratch<float>(6, m * (one ? E::NP : round_up(n, E::NP))), E::NP, one ? 0 : m * E::NP};
   }
-  // done(true type) where whole vectors of `out` may be streamed past the caches, for outputs that none of them keeps
+  // done(true type) where whole vectors of `out` may be streamed past the caches: for outputs too large for them
   template <class Done> static void by_store(const float* out, int64_t rows, int64_t n, size_t large, const Done& done) {
     const bool past = rows * n * 4 > (int64_t)large && n % VL == 0 && (uintptr_t)out % (VL * 4) == 0;
     if (past) done(std::true_type{}), fence();
@@ -68,8 +68,8 @@ template <class E> struct DirectLinear {
     if (left > 0) ahead.add_columns(t + at, n * 4, m, (left < E::NP ? left : E::NP) * 4);
   }
   template <class Past> FP_INLINE void put(Past, float* p, vf v, int64_t lanes) {
-    if (Past::value) stream_whole(p, v);
-    else store(p, v, lanes);
+    if (!Past::value) store(p, v, lanes);
+    else if (lanes > 0) stream_whole(p, v);
   }
 
   static void forward(const fp_linear& a, int64_t n, const float* b, const float* bias, const float* gamma, const float* beta, size_t large) {
