@@ -14,7 +14,7 @@ from torch import nn
 from fastpetl.nn import compacter
 from fastpetl.nn.adapter import ACTIVATIONS, site_spec
 from fastpetl.nn.inline import HOOKS, Inlined, call_reason, note_fallback, structure, structure_reason
-from fastpetl.nn.tasks import per_sample
+from fastpetl.nn.tasks import in_one_launch, per_sample, stacked, task_ids
 
 SHARINGS = ("single", "half", "multiple")
 
@@ -114,10 +114,13 @@ class AdapterController(nn.Module):
         return (h if post is None else post(h)) + x
 
     def _per_sample(self, x, tasks):
-        # Tasks that share their adapter are one.
-        named = {task: self.adapter(task) for task in dict.fromkeys(tasks)}
-        first = {id(adapter): task for task, adapter in reversed(named.items())}
-        return per_sample(x, [first[id(named[task])] for task in tasks], self.forward)
+        return per_sample(x, self._distinct(tasks), self.forward)
+
+    def _distinct(self, tasks) -> tuple[str, ...]:
+        """Semantics: `tasks` with one name, the controller's first, for all that share an adapter."""
+        first = {id(adapter): task for task, adapter in reversed(self.adapters._modules.items())}
+        named = {task: first[id(self.adapter(task))] for task in dict.fromkeys(tasks)}
+        return tuple(named[task] for task in tasks)
 
 
 class FusedAdapterController(AdapterController):
@@ -128,7 +131,7 @@ class FusedAdapterController(AdapterController):
 
     def forward(self, x: torch.Tensor, task=None) -> torch.Tensor:
         if isinstance(task, tuple | list):
-            return self._per_sample(x, task)
+            return self._mixed(x, self._distinct(task))
         reason = call_reason(self, _norms(self), x) or _adapter_reason(self, task, x)
         if reason is not None:
             note_fallback(self, reason)
@@ -136,6 +139,13 @@ class FusedAdapterController(AdapterController):
         from fastpetl.backends import for_op
 
         return fused_controller(self, x, task, for_op("adapter", self._fastpetl_backend))
+
+    def _mixed(self, x, tasks):
+        if len(set(tasks)) > 1 and _mixable(self, tasks, x):
+            from fastpetl.backends import for_op
+
+            return fused_controller(self, x, tasks, for_op("adapter", self._fastpetl_backend))
+        return per_sample(x, tasks, self.forward)  # which says why, should it not be fused
 
 
 FusedAdapterController.__name__ = AdapterController.__name__  # accelerate and others match modules by class name
@@ -177,22 +187,37 @@ def _inlined(kind: type) -> Inlined:
     return compacter.INLINED.get(kind, _TASK_ADAPTER)
 
 
-def fused_controller(controller: AdapterController, x: torch.Tensor, task: str | None, backend: str) -> torch.Tensor:
-    """Semantics: the controller's forward from its parameters, without calling its children."""
-    from fastpetl import ops
+def _mixable(controller, tasks, x) -> bool:
+    """Semantics: can these tasks' adapters be read, and run as one op?"""
+    if not in_one_launch(x) or call_reason(controller, _norms(controller), x):
+        return False
+    names = _read(controller, tasks)
+    if any(_adapter_reason(controller, name, x) for name in names):
+        return False
+    adapters = [controller.adapter(name) for name in names]
+    return len({(type(adapter), adapter.activation, _bottleneck(adapter)) for adapter in adapters}) == 1
 
-    adapter = controller.adapter(task)
-    pre, post = controller._modules.get("pre_layer_norm"), controller._modules.get("post_layer_norm")
-    h = ops.adapter(
-        x,
-        *_weights(controller, adapter),
-        norm_weight=None if pre is None else pre.weight,
-        norm_bias=None if pre is None else pre.bias,
-        eps=1e-5 if pre is None else pre.eps,
-        activation=adapter.activation,
-        residuals=(x,) if post is None else (),
-        backend=backend,
-    )
+
+def _read(controller, tasks) -> tuple[str, ...]:
+    """The tasks, different ones, whose weights a batch of these reads: in training those in it, for the others' get no
+    gradient; else all, so that one stack serves every batch.
+    """
+    names = dict.fromkeys(controller._distinct(controller.tasks))
+    one_batch = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return tuple(name for name in names if name in tasks) if one_batch else tuple(names)
+
+
+def _bottleneck(adapter) -> int:
+    down = adapter.down_sampler
+    return (down.weight if type(adapter) is TaskAdapter else down.b).shape[0]
+
+
+def fused_controller(controller: AdapterController, x: torch.Tensor, task, backend: str) -> torch.Tensor:
+    """Semantics: the controller's forward from its parameters, without calling its children. task: a name, or several
+    different ones, one for each sample.
+    """
+    post = controller._modules.get("post_layer_norm")
+    h = _adapted(controller, x, task, (x,) if post is None else (), backend)
     return (
         h
         if post is None
@@ -200,25 +225,64 @@ def fused_controller(controller: AdapterController, x: torch.Tensor, task: str |
     )
 
 
+def _adapted(controller, x, task, residuals, backend):
+    """Semantics: U_t(pre(x)) + sum(residuals), one op whatever the number of tasks."""
+    from fastpetl import ops
+
+    pre = controller._modules.get("pre_layer_norm")
+    options = {"residuals": residuals, "backend": backend}
+    if pre is not None:
+        options |= {"norm_weight": pre.weight, "norm_bias": pre.bias, "eps": pre.eps}
+    if not isinstance(task, tuple):
+        adapter = controller.adapter(task)
+        return ops.adapter(x, *_weights(controller, adapter), activation=adapter.activation, **options)
+    names = _read(controller, task)
+    weights, activation = _stacks(controller, names), controller.adapter(task[0]).activation
+    return ops.multi_adapter(x, *weights, task_ids(x, task, names), activation=activation, **options)
+
+
 def _weights(controller, adapter) -> tuple:
     """The adapter's weights as matrices; those that have to be made first are kept while their parameters stay."""
     if type(adapter) is TaskAdapter or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return adapter.weights()
+    return _cache(controller).get(id(adapter), adapter.parameters(), adapter.weights)
+
+
+def _stacks(controller, names) -> tuple:
+    """The adapters' weights as `_weights`, tasks in front; without autograd kept as well."""
+    adapters = [controller.adapter(name) for name in names]
+
+    def make():
+        return stacked([adapter.weights() for adapter in adapters])
+
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return make()
+    parameters = [p for adapter in adapters for p in adapter.parameters()]
+    return _cache(controller).get(tuple(map(id, adapters)), parameters, make)
+
+
+def _cache(controller):
     from fastpetl.ops import WeightCache
 
-    cache = controller.__dict__.setdefault("_fastpetl_weights", WeightCache())
-    return cache.get(id(adapter), adapter.parameters(), adapter.weights)
+    return controller.__dict__.setdefault("_fastpetl_weights", WeightCache())
 
 
 def controller_site(controller, x, f, task, norm: nn.LayerNorm, backend: str, keep="sum") -> torch.Tensor | None:
-    """Semantics: norm(x + f + U_t(f)), the controller's forward on f and what follows it, as one op; None where the
-    controller has to be called: hooks, tasks per sample, a norm of its own behind the adapter.
+    """Semantics: norm(x + f + U_t(f)), the controller's forward on f and what follows it, as one op, or two where the
+    samples' tasks differ (`keep` then does nothing); None where the controller has to be called: hooks, a norm of its
+    own behind the adapter.
     """
-    if type(controller) is not FusedAdapterController or isinstance(task, tuple | list):
+    if type(controller) is not FusedAdapterController:
         return None
     state = controller.__dict__
     if "post_layer_norm" in controller._modules or "forward" in state or any(state[hooks] for hooks in HOOKS):
         return None
+    if isinstance(task, tuple | list):
+        task = controller._distinct(task)
+        if len(set(task)) > 1:
+            return _mixed_site(controller, x, f, task, norm, backend) if _mixable(controller, task, f) else None
+        task_ids(f, task, task[:1])  # as many as samples
+        task = task[0]
     if call_reason(controller, _norms(controller), f) or _adapter_reason(controller, task, f):
         return None
     from fastpetl import ops
@@ -235,3 +299,12 @@ def controller_site(controller, x, f, task, norm: nn.LayerNorm, backend: str, ke
     return ops.adapter_residual_norm(
         x, f, w_down, b_down, w_up, b_up, spec=spec, **norms, **tail, backend=backend, keep=keep
     )  # fmt: skip
+
+
+def _mixed_site(controller, x, f, tasks, norm, backend):
+    from fastpetl import ops
+    from fastpetl.backends import for_op
+
+    s = _adapted(controller, f, tasks, (f, x), backend)
+    tail = {"eps": norm.eps, "emit": "norm", "backend": for_op("residual_norm", controller._fastpetl_backend)}
+    return ops.residual_norm(s, None, norm.weight, norm.bias, **tail)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastpetl.nn.tasks import per_sample
+from fastpetl.nn.inline import call_reason, note_fallback
+from fastpetl.nn.tasks import in_one_launch, per_sample, task_ids
 
 KINDS = ("feed_forward", "self_attention", "cross_attention")  # the order of the rows of adapters_block_type
 TASK_SIZE, HIDDEN = 512, 128  # the original's defaults: of a task's, layer's and kind's embedding, of the network
@@ -82,17 +83,17 @@ class HyperNet(nn.Module):
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.embeddings.task_to_embeddings)
 
-    def weights(self, task: str, layer: int, kind: str) -> tuple:
-        """Semantics: (w_down, b_down, w_up, b_up, None, None) of one site."""
+    def weights(self, task, layer: int, kind: str) -> tuple:
+        """Semantics: (w_down, b_down, w_up, b_up, None, None) of one site; with a tuple of tasks, these in front."""
         from fastpetl.ops import hyper_embedding, hyper_weights
 
         one, net = slice(layer, layer + 1), self.task_hypernet.task_embeding_generator
-        kinds = None
+        kinds, embeddings = None, self.embeddings.task_to_embeddings
         if self.unified:
             row = KINDS.index(kind)
             kinds = self.adapters_block_type.weight[row : row + 1]
         e = hyper_embedding(
-            self.embeddings.task_to_embeddings[task],
+            torch.stack([embeddings[name] for name in task]) if isinstance(task, tuple) else embeddings[task],
             self.layer_id_embeddings.weight[one],
             net[0].weight,
             net[0].bias,
@@ -105,7 +106,8 @@ class HyperNet(nn.Module):
         )
         prefix = "" if self.unified else f"{kind}_"
         down, up = (self._modules[f"{prefix}{side}_sampler_hyper_net"].pairs() for side in ("down", "up"))
-        return hyper_weights(e.flatten(0, -2), down, up)[0]
+        e = e.flatten(0, -2)
+        return hyper_weights(e[None] if isinstance(task, tuple) else e, down, up)[0]
 
 
 class HyperSite(nn.Module):
@@ -147,7 +149,9 @@ class HyperSite(nn.Module):
         from fastpetl.ops import WeightCache
 
         cache = self.__dict__.setdefault("_fastpetl_weights", WeightCache())
-        return cache.get(task, [*self.net.parameters(), self.net.embeddings.task_to_embeddings[task]], make)
+        embeddings = self.net.embeddings.task_to_embeddings
+        own = [embeddings[name] for name in (task if isinstance(task, tuple) else (task,))]
+        return cache.get(task, [*self.net.parameters(), *own], make)
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}, activation={self.activation}"
@@ -162,20 +166,37 @@ class FusedHyperSite(HyperSite):
     def forward(self, x: torch.Tensor, task: str | None = None) -> torch.Tensor:
         from fastpetl import ops
         from fastpetl.backends import for_op
-        from fastpetl.nn.inline import call_reason, note_fallback
 
         if isinstance(task, tuple | list):
-            return per_sample(x, task, self.forward)
-        reason = call_reason(self, {}, x)
+            return self._mixed(x, task)
         weights = self._weights(self._task(task))
-        if reason is None and weights[0].dtype != x.dtype:
-            reason = f"the generated weights are {weights[0].dtype}, the input {x.dtype}"
+        reason = call_reason(self, {}, x) or _made_reason(weights, x)
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(x, task)
         return ops.hyper_adapter(
             x, weights, activation=self.activation, residuals=(x,), backend=for_op("adapter", self._fastpetl_backend)
         )
+
+    def _mixed(self, x, tasks):
+        """Semantics: the tasks' adapters as one op: in training of those in the batch, else of all, which are kept."""
+        from fastpetl import ops
+        from fastpetl.backends import for_op
+
+        for task in tasks:
+            self._task(task)
+        if len(set(tasks)) > 1 and in_one_launch(x) and call_reason(self, {}, x) is None:
+            one_batch = torch.is_grad_enabled() or torch.compiler.is_compiling()
+            names = tuple(name for name in self.tasks if not one_batch or name in tasks)
+            weights = self._weights(names)
+            if _made_reason(weights, x) is None:
+                options = {"activation": self.activation, "backend": for_op("adapter", self._fastpetl_backend)}
+                return ops.multi_adapter(x, *weights[:4], task_ids(x, tasks, names), residuals=(x,), **options)
+        return per_sample(x, tasks, self.forward)  # which says why, should it not be fused
+
+
+def _made_reason(weights, x) -> str | None:
+    return None if weights[0].dtype == x.dtype else f"the generated weights are {weights[0].dtype}, the input {x.dtype}"
 
 
 FusedHyperSite.__name__ = HyperSite.__name__  # accelerate and others match modules by class name

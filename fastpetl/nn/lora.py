@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastpetl.nn.inline import HOOKS, call_reason, note_fallback
-from fastpetl.nn.tasks import Told, per_sample
+from fastpetl.nn.tasks import Told, in_one_launch, per_sample, stacked, task_ids
 
 
 class LoRALinear(Told, nn.Linear):
@@ -41,9 +41,9 @@ class LoRALinear(Told, nn.Linear):
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.lora_As.keys())
 
-    def update(self) -> tuple:
-        """(A, B) of the task this call is for."""
-        task, names = self.__dict__.get("_fastpetl_current"), self.tasks
+    def update(self, task) -> tuple:
+        """(A, B) of the task."""
+        names = self.tasks
         if task is None and len({id(self.lora_As[name]) for name in names}) == 1:
             task = names[0]
         if task not in names:
@@ -53,23 +53,27 @@ class LoRALinear(Told, nn.Linear):
             )
         return self.lora_As[task], self.lora_Bs[task]
 
+    def task(self, x):
+        """Semantics: the task this call on x is for, a tuple where the samples' differ: one name for all that share an
+        update.
+        """
+        tasks = self.__dict__.get("_fastpetl_current")
+        if not isinstance(tasks, tuple | list):
+            return tasks
+        first = {id(self.lora_As[name]): name for name in reversed(self.tasks)}
+        named = {task: first[id(self.update(task)[0])] for task in dict.fromkeys(tasks)}
+        tasks = tuple(named[task] for task in tasks)
+        task_ids(x, tasks, self.tasks)  # raises if they are not as many as the samples
+        return tasks if len(set(tasks)) > 1 else tasks[0]
+
     def forward(self, x):
-        if isinstance(self.__dict__.get("_fastpetl_current"), tuple | list):
-            return self._per_sample(x)
-        a, b = self.update()
-        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(self._dropped(x), a), b) * self.scale
+        return F.linear(x, self.weight, self.bias) + self._low_rank(self._dropped(x), self.task(x))
 
-    def _per_sample(self, x):
-        tasks = self.__dict__["_fastpetl_current"]
-
-        def run(x, task):
-            self.__dict__["_fastpetl_current"] = task
-            return self.forward(x)
-
-        try:
-            return per_sample(x, tasks, run)
-        finally:
-            self.__dict__["_fastpetl_current"] = tasks
+    def _low_rank(self, u, task):
+        if isinstance(task, tuple):
+            return per_sample(u, task, self._low_rank)
+        a, b = self.update(task)
+        return F.linear(F.linear(u, a), b) * self.scale
 
     def _dropped(self, x):
         return F.dropout(x, self.dropout) if self.training and self.dropout > 0 else x
@@ -87,8 +91,6 @@ class FusedLoRALinear(LoRALinear):
     _fastpetl_fallback = None
 
     def forward(self, x):
-        if isinstance(self.__dict__.get("_fastpetl_current"), tuple | list):
-            return self._per_sample(x)
         reason = call_reason(self, {}, x)
         if reason is None and self.weight.dtype != x.dtype:
             reason = f"weight has dtype {self.weight.dtype}, the input {x.dtype}"
@@ -101,32 +103,53 @@ class FusedLoRALinear(LoRALinear):
         biases = None if self.bias is None else (self.bias,)
         linear = for_op("linear", self._fastpetl_backend)
         if self.merges(x):
-            return ops.linear(x, (self.merged(),), biases, backend=linear)
-        a, b = self.update()
+            return ops.linear(x, (self.merged(x),), biases, backend=linear)
         base = ops.linear(x, (self.weight,), biases, backend=linear)
-        u = self._dropped(x)
-        if self.in_features != self.out_features:
-            return base + F.linear(F.linear(u, a), b) * self.scale
-        backend = for_op("adapter", self._fastpetl_backend)
-        return ops.adapter(
-            u, a, None, b, None, activation="identity", scale=self.scale, residuals=(base,), backend=backend
-        )
+        return self._updated(base, self._dropped(x), self.task(x), for_op("adapter", self._fastpetl_backend))
+
+    def _updated(self, base, u, task, backend):
+        """Semantics: base + scale * (u A_t^T) B_t^T, one op whatever the number of tasks."""
+        from fastpetl import ops
+
+        mixed = isinstance(task, tuple)
+        if self.in_features != self.out_features or (mixed and not in_one_launch(u)):
+            return base + self._low_rank(u, task)
+        options = {"activation": "identity", "scale": self.scale, "residuals": (base,), "backend": backend}
+        if mixed:
+            names, (a, b) = self._stacks(task)
+            return ops.multi_adapter(u, a, None, b, None, task_ids(u, task, names), **options)
+        a, b = self.update(task)
+        return ops.adapter(u, a, None, b, None, **options)
+
+    def _stacks(self, tasks) -> tuple:
+        """(names, (A, B) of these in stacks): in training of the tasks in the batch, for the others' get no gradient;
+        else of all, kept while they stay.
+        """
+        one_batch = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        names = tuple(name for name in self.tasks if not one_batch or name in tasks)
+        pairs = [self.update(name) for name in names]
+        if one_batch:
+            return names, stacked(pairs)
+        return names, self._cache().get(names, [t for pair in pairs for t in pair], lambda: stacked(pairs))
 
     def merges(self, x) -> bool:
         """Semantics: can the update of this call stand in the weight? In inference, of one task, nobody listening."""
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
             return False
-        if isinstance(self.__dict__.get("_fastpetl_current"), tuple | list) or self.weight.dtype != x.dtype:
+        if self.weight.dtype != x.dtype or isinstance(self.task(x), tuple):
             return False
         return not any(self.__dict__[hooks] for hooks in HOOKS) and "forward" not in self.__dict__
 
-    def merged(self) -> torch.Tensor:
-        """Semantics: W + scale * B A of this call's task, kept while W, A and B stay as they are."""
-        from fastpetl import ops
+    def merged(self, x) -> torch.Tensor:
+        """Semantics: W + scale * B A of the task of this call on x, kept while W, A and B stay as they are."""
+        a, b = self.update(self.task(x))
+        made = lambda: torch.addmm(self.weight, b, a, alpha=self.scale)  # noqa: E731
+        return self._cache().get(id(a), (self.weight, a, b), made)
 
-        a, b = self.update()
-        cache = self.__dict__.setdefault("_fastpetl_weights", ops.WeightCache())
-        return cache.get(id(a), (self.weight, a, b), lambda: torch.addmm(self.weight, b, a, alpha=self.scale))
+    def _cache(self):
+        from fastpetl.ops import WeightCache
+
+        return self.__dict__.setdefault("_fastpetl_weights", WeightCache())
 
 
 def beside_others(linears, x) -> bool:

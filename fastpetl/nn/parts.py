@@ -37,7 +37,7 @@ class Fused:
 
         if len(linears) > 1 and not all(type(linear) is nn.Linear or beside_others((linear,), x) for linear in linears):
             return torch.cat([self._one(x, linear, f"{slot}{i}") for i, linear in enumerate(linears)], -1)
-        weights = tuple(linear.merged() if type(linear) is FusedLoRALinear else linear.weight for linear in linears)
+        weights = tuple(linear.merged(x) if type(linear) is FusedLoRALinear else linear.weight for linear in linears)
         biases = None if linears[0].bias is None else tuple(linear.bias for linear in linears)
         backend = self._op("linear")
         # x is ours where there is an activation: the linear before it made it.

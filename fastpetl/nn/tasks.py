@@ -67,14 +67,48 @@ def per_sample(x: torch.Tensor, tasks, run) -> torch.Tensor:
 
     x [batch, ...]; tasks: as many names, or a divisor of batch: then each stands for as many samples in a row (beams).
     """
-    tasks = tuple(tasks)
-    if not tasks or x.shape[0] % len(tasks):
-        raise ValueError(f"task: {len(tasks)} names are set for a batch of {x.shape[0]}, expected one for each sample")
-    names, indices, restore = _groups(tasks, x.shape[0] // len(tasks), x.device)
+    names, indices, restore = _groups(tuple(tasks), _repeats(x, tasks), x.device)
     if len(names) == 1:
         return run(x, names[0])
     parts = [run(x.index_select(0, index), name) for name, index in zip(names, indices, strict=True)]
     return torch.cat(parts).index_select(0, restore)
+
+
+def task_ids(x: torch.Tensor, tasks, known) -> torch.Tensor:
+    """Semantics: ids[b] = where the task of sample b stands in `known`, int64 [batch]; x and tasks as in
+    `per_sample`.
+    """
+    return _ids(tuple(tasks), _repeats(x, tasks), tuple(known), x.device)
+
+
+def in_one_launch(x: torch.Tensor) -> bool:
+    """Semantics: do the tasks of a batch go into one launch? Not in compiled code on the CPU, where that is every row
+    through every task's weights; the groups of `per_sample` are constants of the graph.
+    """
+    return x.device.type == "cuda" or not torch.compiler.is_compiling()
+
+
+def stacked(weights) -> tuple:
+    """Semantics: the tensors of several tasks as `ops.multi_adapter` takes them: tasks in front, 1 in front of what all
+    share, None where there is none. weights: for each task as many tensors.
+    """
+    groups = list(zip(*weights, strict=True))
+    shared = [all(t is group[0] for t in group) for group in groups]
+    shared[0] &= not all(shared)  # something has to say how many there are
+    pairs = zip(groups, shared, strict=True)
+    return tuple(None if g[0] is None else g[0].unsqueeze(0) if one else torch.stack(g) for g, one in pairs)
+
+
+def _repeats(x, tasks) -> int:
+    if not tasks or x.shape[0] % len(tasks):
+        raise ValueError(f"task: {len(tasks)} names are set for a batch of {x.shape[0]}, expected one for each sample")
+    return x.shape[0] // len(tasks)
+
+
+@functools.lru_cache(maxsize=64)
+def _ids(tasks: tuple[str, ...], repeats: int, known: tuple[str, ...], device) -> torch.Tensor:
+    with torch.inference_mode(False):  # it may meet autograd later
+        return torch.tensor([known.index(task) for task in tasks for _ in range(repeats)], device=device)
 
 
 @functools.lru_cache(maxsize=64)

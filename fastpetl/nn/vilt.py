@@ -99,13 +99,13 @@ class _FusedBlock:
         qkv = (attention.query, attention.key, attention.value)
         if all(type(one) is nn.Linear or beside_others((one,), x) for one in qkv):
             norm = _norm(self.layernorm_before)
-            h = ops.linear(x, *_side_by_side(*qkv), norm=norm, backend=linear, cache=packs[0])
+            h = ops.linear(x, *_side_by_side(x, *qkv), norm=norm, backend=linear, cache=packs[0])
         else:  # with LoRA in training, or in a batch of several tasks
             n = self.layernorm_before(x)
             h = torch.cat([one(n) for one in qkv], -1)
         h = _attend(attention, h, attention_mask, for_op("attention", self._fastpetl_backend))
-        h = ops.linear(h, *_side_by_side(proj.dense), backend=linear, cache=packs[1])
-        f, fc1 = _drop(_adapted(proj.dense, h), proj.dropout), _side_by_side(mlp.dense)
+        h = ops.linear(h, *_side_by_side(x, proj.dense), backend=linear, cache=packs[1])
+        f, fc1 = _drop(_adapted(proj.dense, h), proj.dropout), _side_by_side(x, mlp.dense)
         if self._norm_in_site(x, linear):
             x, h = self._normed_site(x, f, self.layernorm_after)
             h = ops.linear(h, *fc1, backend=linear, cache=packs[2])
@@ -116,7 +116,7 @@ class _FusedBlock:
         if not gelu:
             h = mlp.intermediate_act_fn(h)
         activation = "gelu" if gelu else None
-        h = ops.linear(h, *_side_by_side(out.dense), activation=activation, backend=linear, cache=packs[3])
+        h = ops.linear(h, *_side_by_side(x, out.dense), activation=activation, backend=linear, cache=packs[3])
         return self._site(1, x, _drop(_adapted(out.dense, h), out.dropout))
 
     def _norm_in_site(self, x, linear: str) -> bool:
@@ -221,8 +221,8 @@ class FusedSkipViltEncoder(_SharedMask, SkipViltEncoder):
     """SkipViltEncoder, patched. Made by `fastpetl.patch`, never constructed."""
 
 
-def _side_by_side(*linears: nn.Linear) -> tuple[tuple, tuple | None]:
-    weights = tuple(linear.merged() if type(linear) is FusedLoRALinear else linear.weight for linear in linears)
+def _side_by_side(x, *linears: nn.Linear) -> tuple[tuple, tuple | None]:
+    weights = tuple(linear.merged(x) if type(linear) is FusedLoRALinear else linear.weight for linear in linears)
     return weights, None if linears[0].bias is None else tuple(linear.bias for linear in linears)
 
 

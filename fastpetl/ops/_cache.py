@@ -28,7 +28,7 @@ class WeightCache:
 
     def get(self, key, sources, make):
         sources = [t for t in sources if t is not None]
-        if torch.compiler.is_compiling() or needs_grad(*sources):
+        if not sources or torch.compiler.is_compiling() or needs_grad(*sources):
             return make()
         try:
             state = [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype, t.device) for t in sources]

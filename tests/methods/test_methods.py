@@ -108,6 +108,17 @@ def test_the_task_chooses(kind, name):
             model(**inputs())
 
 
+def alone(model, mixed):
+    """The loss's gradients where each sample is a batch by itself; and the samples' logits."""
+    model.zero_grad(set_to_none=True)
+    logits = []
+    for b, task in enumerate(mixed):
+        out = model(**{key: value[b : b + 1] for key, value in inputs(dtype=model.dtype).items()}, task=task)
+        (out.loss / len(mixed)).backward()
+        logits.append(out.logits)
+    return torch.cat(logits), {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize(("kind", "name"), CASES)
 @pytest.mark.parametrize("patch", [False, True])
 def test_tasks_mixed_in_a_batch_are_each_by_itself(kind, name, patch):
@@ -116,21 +127,23 @@ def test_tasks_mixed_in_a_batch_are_each_by_itself(kind, name, patch):
         assert setting == tuple(mixed) == fastpetl.methods.tasks.current_task(model)
         got, grads = numbers(model)
         beams = model.generate(**{k: v for k, v in inputs().items() if k != "labels"}, num_beams=2, max_new_tokens=4)
-    model.zero_grad(set_to_none=True)
+        with torch.inference_mode():
+            kept = model(**inputs()).logits
+    logits, want = alone(model, mixed)
+    exact_logits, exact = alone(attached(kind, name).double(), mixed)
+    for ours in (got.logits, kept):
+        assert relative(ours, exact_logits) <= 2 * relative(logits, exact_logits) + 5e-6
     for b, task in enumerate(mixed):
-        alone = {key: value[b : b + 1] for key, value in inputs().items()}
-        out = model(**alone, task=task)
-        assert relative(got.logits[b : b + 1], out.logits) <= 1e-5
-        (out.loss / 3).backward()
         with fastpetl.task(model, task):
-            one = {k: v for k, v in alone.items() if k != "labels"}
+            one = {k: v[b : b + 1] for k, v in inputs().items() if k != "labels"}
             text = model.generate(**one, num_beams=2, max_new_tokens=4)[0]
         assert torch.equal(beams[b][: len(text)], text)
-    want = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == want.keys()  # gqa's own have none
-    scale = max(g.norm() for g in want.values())
-    for key, grad in want.items():
-        assert (grads[key] - grad).norm() <= 1e-4 * grad.norm() + 1e-6 * scale, key
+    scale = max(g.norm() for g in exact.values())
+    for key, grad in exact.items():
+        error = (want[key] - grad).norm()
+        assert (grads[key] - grad).norm() <= 2 * error + 1e-4 * grad.norm() + 1e-6 * scale, key
+    assert not patch or not fell_back(model)
 
 
 def test_mixed_tasks_must_fit():

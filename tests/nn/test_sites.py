@@ -115,7 +115,7 @@ def test_a_bart_adapter_that_must_be_called(sites):
     x, norm, controller = torch.randn(1, 3, 32), layer.self_attn_layer_norm, layer.ff_adapter
     assert controller_site(controller, x, x, "gqa", norm, "auto") is not None
     assert controller_site(layer.attn_adapter, x, x, "gqa", norm, "auto") is None  # hooked
-    assert controller_site(controller, x, x, ["gqa"], norm, "auto") is None
+    assert controller_site(controller, x, x, ["gqa"], norm, "auto") is not None
     assert controller_site(controller, x.double(), x.double(), "gqa", norm, "auto") is None
     behind = tiny_adapters("vlbart", patch=True, norm_after=True)
     layer = next(m for m in behind.modules() if hasattr(m, "attn_adapter"))
