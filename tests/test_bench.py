@@ -264,10 +264,10 @@ def test_tasks_writes_decoding_and_mixing(tmp_path, capsys):
     found, printed = json.loads(file.read_text()), capsys.readouterr().out
     assert [(r["mode"], r["variant"]) for r in found["rows"]] == [
         *[("decode", name) for name in ("adapter", "bare", "compacter", "hyperformer", "lora")],
-        *[(mode, name) for mode in ("inference", "train") for name in ("one task", "four tasks")],
+        *[(mode, name) for mode in ("inference", "train", "gradients") for name in ("one task", "four tasks")],
     ]
     assert all(set(row) == ROW and row["ms"] > 0 for row in found["rows"])
-    settings = ["compacter", "hyperformer", "lora", "four tasks", "four tasks"]
+    settings = ["compacter", "hyperformer", "lora", *["four tasks"] * 3]
     assert [r["setting"] for r in found["ratios"]] == settings
     assert "time over adapter's" in printed and "time over one task's" in printed
     assert tasks.Plan(only=("decode/lora",)).methods() == ["bare", "lora"]

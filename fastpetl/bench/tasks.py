@@ -15,13 +15,17 @@ from .workloads import WORKLOADS
 # method -> (against, the most time it may take of that)
 DECODING = {"compacter": ("adapter", 1.05), "hyperformer": ("adapter", 1.05), "lora": ("bare", 1.02)}
 MIXED = 1.05  # four tasks in a batch against one
+# "gradients": a step without its optimizer, which has four times as many parameters to update for four tasks.
+MIXED_MODES = (*MODES, "gradients")
 TOKENS = 10
 TASKS = ("vqa", "gqa", "nlvr", "caption")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: `only` are substrings of decode/method, inference/mixed and train/mixed; empty for everything."""
+    """What to run: `only` are substrings of decode/method, inference/mixed, train/mixed and gradients/mixed; empty for
+    everything.
+    """
 
     tiny: bool = False
     rounds: int = 9
@@ -34,7 +38,7 @@ class Plan:
         return list(dict.fromkeys([*(DECODING[name][0] for name in wanted), *wanted]))
 
     def mixed(self) -> list[str]:
-        return [mode for mode in MODES if wants(self.only, mode, "mixed")]
+        return [mode for mode in MIXED_MODES if wants(self.only, mode, "mixed")]
 
 
 def steps(plan: Plan) -> int:
@@ -107,8 +111,13 @@ def mixed(tiny: bool) -> dict:
 
         return go
 
-    runs = {"inference": subject.infer, "train": subject.step}
-    return {mode: {name: call(runs[mode], tasks) for name, tasks in settings.items()} for mode in MODES}
+    runs = dict(zip(MIXED_MODES, (subject.infer, subject.step, lambda: _gradients(subject)), strict=True))
+    return {mode: {name: call(run, tasks) for name, tasks in settings.items()} for mode, run in runs.items()}
+
+
+def _gradients(subject) -> None:
+    subject.model.train().zero_grad(set_to_none=True)
+    subject.forward(subject.batch).loss.backward()
 
 
 def _timed(plan, mode, calls, progress):
