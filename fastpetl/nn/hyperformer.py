@@ -83,6 +83,19 @@ class HyperNet(nn.Module):
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.embeddings.task_to_embeddings)
 
+    def sources(self, task, kind: str) -> list:
+        """Semantics: the parameters that the weights of a site of this kind are made of; task as in `weights`."""
+        tasks, net = self.embeddings.task_to_embeddings, self.task_hypernet.task_embeding_generator
+        found = [tasks[name] for name in (task if isinstance(task, tuple) else (task,))]
+        found += [self.adapters_block_type.weight] if self.unified else []
+        found += [self.layer_id_embeddings.weight, *(t for i in (0, 2) for t in (net[i].weight, net[i].bias))]
+        pairs = [pair for generators in self._generators(kind) for pair in generators]
+        return [*found, self.LayerNorm.weight, self.LayerNorm.bias, *(t for pair in pairs for t in pair)]
+
+    def _generators(self, kind: str) -> list:
+        prefix = "" if self.unified else f"{kind}_"
+        return [self._modules[f"{prefix}{side}_sampler_hyper_net"].pairs() for side in ("down", "up")]
+
     def weights(self, task, layer: int, kind: str) -> tuple:
         """Semantics: (w_down, b_down, w_up, b_up, None, None) of one site; with a tuple of tasks, these in front."""
         from fastpetl.ops import hyper_embedding, hyper_weights
@@ -103,11 +116,8 @@ class HyperNet(nn.Module):
             self.LayerNorm.bias,
             kinds=kinds,
             eps=self.LayerNorm.eps,
-        )
-        prefix = "" if self.unified else f"{kind}_"
-        down, up = (self._modules[f"{prefix}{side}_sampler_hyper_net"].pairs() for side in ("down", "up"))
-        e = e.flatten(0, -2)
-        return hyper_weights(e[None] if isinstance(task, tuple) else e, down, up)[0]
+        ).flatten(0, -2)
+        return hyper_weights(e[None] if isinstance(task, tuple) else e, *self._generators(kind))[0]
 
 
 class HyperSite(nn.Module):
@@ -149,9 +159,7 @@ class HyperSite(nn.Module):
         from fastpetl.ops import WeightCache
 
         cache = self.__dict__.setdefault("_fastpetl_weights", WeightCache())
-        embeddings = self.net.embeddings.task_to_embeddings
-        own = [embeddings[name] for name in (task if isinstance(task, tuple) else (task,))]
-        return cache.get(task, [*self.net.parameters(), *own], make)
+        return cache.get(task, self.net.sources(task, self.kind), make)
 
     def extra_repr(self) -> str:
         return f"kind={self.kind}, activation={self.activation}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._common import needs_grad
-from ._pack import _sample
+from ._pack import Sample, state
 
 __all__ = ["WeightCache"]
 
@@ -31,17 +31,15 @@ class WeightCache:
         if not sources or torch.compiler.is_compiling() or needs_grad(*sources):
             return make()
         try:
-            state = [(t.data_ptr(), t._version, t.shape, t.stride(), t.dtype, t.device) for t in sources]
+            now = state(sources)
         except RuntimeError:  # tensors made in inference mode have no version counter: nothing says when they change
             return make()
-        sample = [_sample(t) for t in sources if t.device.type == "cpu" and t.numel()]
-        sample = torch.cat(sample) if sample else None
         held = self._held.get(key)
-        if held is None or held[0] != state or (sample is not None and not torch.equal(held[1], sample)):
+        if held is None or held[0] != now or not held[1].same():
             self._held.pop(key, None)  # free the old one first
             # Normal tensors, whatever mode this call is in: they may meet autograd in a later one.
             with torch.inference_mode(False), torch.no_grad():
-                held = (state, sample, make(), [t.detach() for t in sources])
+                held = (now, Sample(sources), make(), [t.detach() for t in sources])
             self._held[key] = held
         return held[2]
 

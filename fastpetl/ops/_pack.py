@@ -21,13 +21,12 @@ class PackCache:
 
     def get(self, kind, weights, make):
         try:
-            key = (kind, *((w.data_ptr(), w._version, w.dtype, w.shape, w.stride()) for w in weights))
+            key = (kind, *state(weights))
         except RuntimeError:  # tensors made in inference mode have no version counter: nothing says when they change
             return make()
-        sample = torch.cat([_sample(w) for w in weights])
-        if self._held is None or self._held[0] != key or not torch.equal(self._held[1], sample):
+        if self._held is None or self._held[0] != key or not self._held[1].same():
             self._held = None  # free the old one first
-            self._held = (key, sample, make(), [w.detach() for w in weights])
+            self._held = (key, Sample(weights), make(), [w.detach() for w in weights])
         return self._held[2]
 
     def clear(self) -> None:
@@ -52,8 +51,45 @@ class PackCache:
         return PackCache, ()
 
 
-def _sample(w):
-    """Some 64 values spread over w, as bits (NaN would never compare equal)."""
-    step = max(1, w.numel() // _SAMPLES) | 1  # odd, so that it does not walk down one column
-    bits = torch.int32 if w.element_size() == 4 else torch.int16
-    return w.detach().reshape(-1)[::step].clone().view(bits).to(torch.int32)
+def state(tensors) -> list:
+    """Semantics: what is another one where a tensor is another, or was written to; RuntimeError for one made in
+    inference mode.
+    """
+    return [(t.data_ptr(), t._version, t.dtype, t.shape, t.stride(), t.device) for t in tensors]
+
+
+class Sample:
+    """Semantics: some 64 values spread over each tensor on the CPU, as they were; `same()`: as they are.
+
+    For as long as the tensors' `state` stays: they are read where they lie, in one operation for all.
+    """
+
+    __slots__ = ("_read", "_values")
+
+    def __init__(self, tensors):
+        self._read = [_spread(t) for t in tensors if t.device.type == "cpu" and t.numel()]
+        self._values = self._now()
+
+    def _now(self):
+        if not self._read:
+            return None
+        return torch.cat([t if dense else t.reshape(-1)[:: _step(t)].view(_BITS[t.element_size()])
+                          for t, dense in self._read])  # fmt: skip
+
+    def same(self) -> bool:
+        return self._values is None or torch.equal(self._values, self._now())
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # as numbers NaN would never be equal
+
+
+def _step(t) -> int:
+    return max(1, t.numel() // _SAMPLES) | 1  # odd, so that it does not walk down one column
+
+
+def _spread(t) -> tuple:
+    """(the values, True), or (the tensor, False) where they have to be copied out of it first."""
+    t = t.detach()
+    if not t.is_contiguous():
+        return t, False
+    return t.view(-1)[:: _step(t)].view(_BITS[t.element_size()]), True

@@ -269,6 +269,42 @@ def assign(module, times):
         module.p[2].data = module.p[2].data.clone() + 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_looking_for_changes_reads_all_parameters_in_one_operation(dtype):
+    """Decoding looks at every site for every token. A parameter that is not dense is seen too."""
+    weights = [torch.randn(6, 5, dtype=dtype), torch.randn(40, 30, dtype=dtype).t(), torch.randn(3, dtype=dtype)]
+    weights[0][0, 0] = torch.nan
+    cache, made = ops.WeightCache(), []
+
+    def get(sources):
+        return cache.get("all", sources, lambda: made.append(1) or [t.clone() for t in sources])
+
+    for sources in ([weights[0], weights[2]] * 8, weights):
+        get(sources)
+        before = len(made)
+        with Operations() as seen:
+            get(sources)
+        assert seen.names.count("cat") == seen.names.count("equal") == 1 and len(made) == before
+        assert len(seen.names) <= (2 if len(sources) == 16 else 7)
+        for t in sources[-2:]:
+            with torch.no_grad():
+                t.data.mul_(2)
+            assert all(torch.equal(got, t) or got.isnan().any() for got, t in zip(get(sources), sources, strict=True))
+            assert len(made) == (before := before + 1)
+
+
+class Operations(torch.utils._python_dispatch.TorchDispatchMode):
+    """The names of the operations that are not views of a parameter's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
 def test_cache_in_inference_mode_makes_normal_tensors():
     rules, weights = draw([(2, 8, 3)])
     cache = ops.WeightCache()
