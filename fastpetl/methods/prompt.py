@@ -14,8 +14,8 @@ from fastpetl.methods.adapter import AdapterConfig
 class PromptConfig(AdapterConfig):
     """Semantics: `length` trained vectors in front of the encoder's text, made by a network `middle` wide.
 
-    sharing "single": one set of prompts for all tasks, "multiple": one each. For VL-BART and VL-T5. Of AdapterConfig's
-    fields tasks, sharing, train_norms (None: False, the paper's) and train_visual have a meaning here.
+    sharing "single": one set of prompts for all tasks, "multiple": one each. For VL-BART, VL-T5, BART and T5. Of
+    AdapterConfig's fields tasks, sharing, train_norms (None: False, the paper's) and train_visual have a meaning here.
     """
 
     length: int = 40

@@ -108,19 +108,6 @@ def joint_mask(attention_mask, length: int, prompts: int = 0):
     return F.pad(attention_mask, (prompts, length - prompts - attention_mask.shape[1]), value=1)
 
 
-def prompted(encoder, x, task):
-    """Semantics: ([prompts; x], how many prompts): those of `fastpetl.PromptConfig`, if the encoder has any."""
-    module = encoder._modules.get("prompt_modules")
-    if module is None:
-        return x, 0
-    return torch.cat([module(x.shape[0], task=task).to(x.dtype), x], 1), module.length
-
-
-def prompt_length(encoder) -> int:
-    module = encoder._modules.get("prompt_modules")
-    return 0 if module is None else module.length
-
-
 def sequence_loss(logits, labels, scores=None, reduction: str = "sample"):
     """Semantics: cross entropy of the labels that are not -100.
 

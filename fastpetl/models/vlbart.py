@@ -21,11 +21,10 @@ from fastpetl.models._vl import (
     count_layers,
     joint_mask,
     load_original,
-    prompt_length,
-    prompted,
     sequence_loss,
     text_mask,
 )
+from fastpetl.nn.prompt import prompt_length, prompted
 
 
 class VLBartConfig(BartConfig):

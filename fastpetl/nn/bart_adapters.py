@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.bart import modeling_bart as hf
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from fastpetl.nn.adapter_controller import AdapterController
+from fastpetl.nn.prompt import SeesPrompts, prompted, seen_in_front
 from fastpetl.nn.tasks import TaskRouted
 
 
@@ -78,6 +83,33 @@ class AdapterBartDecoderLayer(TaskRouted, hf.BartDecoderLayer):
         return _site(self, x, _feed_forward(self, x), self.ff_adapter, task, self.final_layer_norm)
 
 
+class PromptBartEncoder(hf.BartEncoder):
+    """Semantics: BartEncoder over [prompts; text]: LN([prompts; words + positions]), dropout, layers.
+
+    Has one more child, `prompt_modules`; attention_mask [B, T] is about the text.
+    """
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **kwargs):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("BartEncoder: expected exactly one of input_ids and inputs_embeds")
+        text = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x, _ = prompted(self, text + self.embed_positions(text[:, :, -1]), kwargs.get("task"))
+        x = F.dropout(self.layernorm_embedding(x), self.dropout, self.training)
+        mask = seen_in_front(attention_mask, x.shape[1])
+        mask = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=mask)
+        for layer in self.layers:
+            if not (self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop):
+                x = layer(x, mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=x)
+
+
+class PromptBartDecoder(SeesPrompts, hf.BartDecoder):
+    """BartDecoder behind a `PromptBartEncoder`: encoder_attention_mask [B, T] is about the text."""
+
+
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
 AdapterBartEncoderLayer.__name__ = "BartEncoderLayer"
 AdapterBartDecoderLayer.__name__ = "BartDecoderLayer"
+PromptBartEncoder.__name__, PromptBartDecoder.__name__ = "BartEncoder", "BartDecoder"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fastpetl.nn.tasks import TaskRouted, per_sample
 
@@ -66,3 +67,41 @@ class PromptController(TaskRouted, nn.Module):
                 "fastpetl.task(model, name), or model(..., task=name)"
             )
         return prompts[task]().expand(batch, -1, -1)
+
+
+def prompted(encoder, x, task):
+    """Semantics: ([prompts; x], how many prompts): those of `fastpetl.PromptConfig`, if the encoder has any."""
+    module = encoder._modules.get("prompt_modules")
+    if module is None:
+        return x, 0
+    return torch.cat([module(x.shape[0], task=task).to(x.dtype), x], 1), module.length
+
+
+def prompt_length(encoder) -> int:
+    module = encoder._modules.get("prompt_modules")
+    return 0 if module is None else module.length
+
+
+def seen_in_front(mask, length: int):
+    """Semantics: a mask over the text [batch, T] with ones in front, [batch, length]; any other as it is."""
+    if mask is None or mask.dim() != 2 or mask.shape[1] >= length:
+        return mask
+    return F.pad(mask, (length - mask.shape[1], 0), value=1)
+
+
+class SeesPrompts:
+    """Mixin of a decoder, before the original: what the encoder's prompts became is seen by all."""
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        *args,
+        **kwargs,
+    ):
+        if encoder_hidden_states is not None:
+            encoder_attention_mask = seen_in_front(encoder_attention_mask, encoder_hidden_states.shape[1])
+        masks = attention_mask, encoder_hidden_states, encoder_attention_mask
+        return super().forward(input_ids, *masks, *args, **kwargs)

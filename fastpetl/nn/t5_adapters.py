@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from transformers.models.t5 import modeling_t5 as hf
 
+from fastpetl.nn.prompt import SeesPrompts, prompted, seen_in_front
 from fastpetl.nn.tasks import TaskRouted
 
 
@@ -89,8 +90,36 @@ def _finite(x):
     return torch.clamp(x, min=-limit, max=limit)
 
 
+class PromptT5Encoder(hf.T5Stack):
+    """Semantics: T5Stack, an encoder, over [prompts; text]; the prompts have positions like words.
+
+    Has one more child, `prompt_modules`; attention_mask [B, T] is about the text.
+    """
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        inputs_embeds=None,
+        **kwargs,
+    ):
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("T5Stack: expected exactly one of input_ids and inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x, _ = prompted(self, x, kwargs.get("task"))
+        mask = seen_in_front(attention_mask, x.shape[1])
+        return super().forward(attention_mask=mask, inputs_embeds=x, **kwargs)
+
+
+class PromptT5Decoder(SeesPrompts, hf.T5Stack):
+    """T5Stack, a decoder, behind a `PromptT5Encoder`: encoder_attention_mask [B, T] is about the text."""
+
+
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
 AdapterT5LayerSelfAttention.__name__ = "T5LayerSelfAttention"
 AdapterT5LayerCrossAttention.__name__ = "T5LayerCrossAttention"
 AdapterT5LayerFF.__name__ = "T5LayerFF"
 AdapterT5Block.__name__ = "T5Block"
+PromptT5Encoder.__name__ = PromptT5Decoder.__name__ = "T5Stack"

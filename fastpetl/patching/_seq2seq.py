@@ -131,18 +131,43 @@ class Seq2SeqFamily(SkipsSeq2Seq, Baselines):
                     module.__dict__.pop("_fastpetl_task", None)
                     module.__class__ = type(module).__bases__[1]
 
+    def prompted(self) -> dict:
+        """The library's encoder and decoder, each with the class that has prompts: {child: (original, prompted)}."""
+        raise NotImplementedError
+
     def attach_prompt(self, host, config) -> None:
-        """Semantics: the prompts' module on the encoder, which must be one that asks for them (VL-BART's, VL-T5's)."""
+        """Semantics: the prompts' module on the encoder, which is one that asks for them (VL-BART's, VL-T5's) or
+        becomes one.
+        """
+        from fastpetl.nn.seq2seq_skip import original_of
+
         if not any("fastpetl.models" in cls.__module__ for cls in type(host.encoder).__mro__):
-            kind = f"{type(host.encoder).__module__}.{type(host.encoder).__qualname__}"
-            raise ValueError(f"attach: the encoder is {kind}, expected VL-BART's or VL-T5's for prompts")
+            for child, (original, _) in self.prompted().items():
+                kind = original_of(type(getattr(host, child)))
+                if kind is not original:
+                    got, expected = f"{kind.__module__}.{kind.__qualname__}", f"{self.module}.{original.__name__}"
+                    raise ValueError(f"attach: the {child} is {got}, expected {expected} for prompts")
+            for child, (_, changed) in self.prompted().items():
+                self._become(getattr(host, child), changed)
         like = next(host.parameters())
         made = {"device": like.device, "dtype": like.dtype}
         prompts = config.controller(self.hidden(host), self.std(host.config), **made)
         host.encoder.prompt_modules = prompts.train(host.encoder.training)
 
+    def _become(self, stack, cls) -> None:
+        """Its skipped blocks stay skipped."""
+        from fastpetl.nn.seq2seq_skip import original_of, skipping
+
+        skips = original_of(type(stack)) is not type(stack)
+        stack.__class__ = skipping(cls, self.layers) if skips else cls
+
     def detach_prompt(self, host) -> None:
+        from fastpetl.nn.seq2seq_skip import original_of
+
         host.encoder._modules.pop("prompt_modules", None)
+        for child, (original, changed) in self.prompted().items():
+            if original_of(type(getattr(host, child))) is changed:
+                self._become(getattr(host, child), original)
 
     def detach_adapter(self, host) -> None:
         originals = {adapter_class: cls for cls, (adapter_class, _) in self.sites().items()}

@@ -92,6 +92,15 @@ class BartFamily(Seq2SeqFamily):
             hf.BartDecoderLayer: (plain.AdapterBartDecoderLayer, decoder),
         }
 
+    def prompted(self) -> dict:
+        from fastpetl.nn import bart_adapters as plain
+
+        hf = sys.modules[_HF]
+        return {
+            "encoder": (hf.BartEncoder, plain.PromptBartEncoder),
+            "decoder": (hf.BartDecoder, plain.PromptBartDecoder),
+        }
+
     def std(self, config) -> float:
         return config.init_std  # the original re-draws every Linear with BART's own initialiser
 

@@ -77,6 +77,12 @@ class T5Family(Seq2SeqFamily):
             hf.T5LayerFF: (plain.AdapterT5LayerFF, {"ff_adapter": False}),
         }
 
+    def prompted(self) -> dict:
+        from fastpetl.nn import t5_adapters as plain
+
+        stack = sys.modules[_HF].T5Stack
+        return {"encoder": (stack, plain.PromptT5Encoder), "decoder": (stack, plain.PromptT5Decoder)}
+
     def std(self, config) -> None:
         return None  # the original leaves T5's adapters as torch makes them
 

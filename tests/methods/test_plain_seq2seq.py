@@ -1,6 +1,7 @@
 """VL-Adapter's methods on Hugging Face's own BART and T5: they are VL-BART and VL-T5 that see no image."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ CONFIGS = {
     "lowrank": fastpetl.LowRankConfig(tasks=TASKS, bottleneck=6, rank=2),
     "hyperformer": fastpetl.HyperformerConfig(tasks=TASKS, bottleneck=6),
     "lora": fastpetl.LoRAConfig(tasks=TASKS, rank=3, sharing="multiple", dropout=0.0),
+    "prompts": fastpetl.PromptConfig(tasks=TASKS, length=3, middle=10),
+    "prompts, multiple": fastpetl.PromptConfig(tasks=TASKS, length=3, middle=10, sharing="multiple"),
+    "compacter, prompts": fastpetl.CompacterConfig(
+        tasks=TASKS, bottleneck=4, prompts={"length": 2, "middle": 10, "sharing": "multiple"}
+    ),
     "norms": fastpetl.BaselineConfig(train="norms"),
     "biases": fastpetl.BaselineConfig(train="biases"),
 }
@@ -88,3 +94,67 @@ def test_tasks_in_one_batch_and_the_way_back(kind, name):
     fresh = everything(bare)
     fastpetl.detach(fastpetl.attach(bare, CONFIGS[name]))
     assert everything(bare) == fresh
+
+
+PROMPTS = [(kind, name) for kind, name in CASES if "prompts" in name]
+
+
+@pytest.mark.parametrize(("kind", "name"), PROMPTS)
+def test_generation_with_prompts(kind, name):
+    """The decoder sees them, with a cache, beams and a task for each sample; the padding of the text it does not."""
+    plain, ours = built(kind, name)
+    given = {key: value for key, value in text().items() if not key.startswith("decoder")}
+    for model in (plain, ours):
+        model.generation_config.forced_eos_token_id = None
+    ours.generation_config.update(**plain.generation_config.to_diff_dict())
+    for tasks in ("gqa", ["nlvr", "vqa", "nlvr"]):
+        for options in ({}, {"num_beams": 2}, {"use_cache": False}):
+            options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, **options}
+            found = []
+            for model in (plain, ours, fastpetl.patch(copy.deepcopy(plain))):
+                with fastpetl.task(model, tasks):
+                    found.append(model.generate(**given, **options))
+            assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]), (tasks, options)
+    padded = {key: value.clone() for key, value in text().items()}
+    padded["input_ids"][padded["attention_mask"] == 0] += 1
+    assert torch.equal(plain(**padded).logits, plain(**text()).logits)
+
+
+@pytest.mark.parametrize(("kind", "name"), PROMPTS)
+def test_prompts_beside_the_rest(kind, name, tmp_path):
+    """Files, pickles, skipped blocks, a task named in the call, and states that came with prompts."""
+    plain, ours = built(kind, name)
+    want = plain(**text()).logits
+    fastpetl.save(plain, tmp_path)
+    bare = PLAIN[kind]().eval()
+    bare.load_state_dict({n: v for n, v in plain.state_dict().items() if n in bare.state_dict()})
+    fastpetl.task(fastpetl.load(bare, tmp_path), "gqa")
+    assert relative(bare(**text()).logits, want) <= 1e-5
+    again = pickle.loads(pickle.dumps(plain))
+    assert torch.equal(again(**text()).logits, want)
+    other = ours(**text(), task="vqa").logits
+    assert relative(plain(**text(), task="vqa").logits, other) <= 2e-5
+    states = plain.get_encoder()(**{k: v for k, v in text().items() if k != "decoder_input_ids"})
+    given = {k: v for k, v in text().items() if k != "input_ids"}
+    assert torch.equal(plain(encoder_outputs=states, **given).logits, want)
+    host = plain.model if kind == "vlbart" else plain
+    blocks = [i == 1 for i in range(4)]
+    with fastpetl.skip(plain, blocks), fastpetl.skip(ours, blocks):
+        assert relative(plain(**text()).logits, ours(**text()).logits) <= 2e-5
+        fastpetl.detach(plain)
+        assert relative(plain(**text()).logits, want) > 1e-3
+        fastpetl.attach(plain, CONFIGS[name], patch=False)
+        assert "Prompt" in type(host.encoder).__mro__[2].__qualname__ + type(host.decoder).__mro__[2].__qualname__
+    assert type(host.encoder).__qualname__.startswith("Prompt")
+
+
+def test_what_takes_no_prompts():
+    class Encoder(hf.models.bart.modeling_bart.BartEncoder):
+        pass
+
+    model = PLAIN["vlbart"]()
+    model.model.encoder.__class__ = Encoder
+    before = everything(model)
+    with pytest.raises(ValueError, match=r"attach: the encoder is .*Encoder, expected .*modeling_bart.BartEncoder for"):
+        fastpetl.attach(model, CONFIGS["prompts"])
+    assert everything(model) == before
