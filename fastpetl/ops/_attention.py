@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from .. import backends
 from ._common import wide
 from ._measured import choose as measured
+from ._measured import of_the_batch
 
 
 def run_forward(name, qkv, key_mask, heads, scale, save):
@@ -53,7 +54,7 @@ def choose(backend, qkv, key_mask, heads, head_dim, grad, one) -> str:
     b, t, _ = qkv.shape
     if b * t == 0:
         return name
-    size = (1 << (b - 1).bit_length(), 1 << (t - 1).bit_length(), heads, head_dim)
+    size = (1 << (of_the_batch(b) - 1).bit_length(), 1 << (t - 1).bit_length(), heads, head_dim)
     key = (size, qkv.dtype, key_mask is not None)
     tolerance = 1e-5 if qkv.dtype == torch.float32 else 2e-2  # softmax magnifies the rounding of its scores
     return measured("attention", name, names, key, lambda n, t: one(n, t[0]), (qkv,), grad, "reference", tolerance)

@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+
 import torch
 
 from .. import backends
+
+_part = threading.local()  # .of: (samples here, samples of the batch) while a part of a batch is computed
+
+
+@contextlib.contextmanager
+def part_of(samples: int, batch: int):
+    """Semantics: in here a choice by the number of rows is the one for the whole batch, of which `samples` are computed:
+    what a sample gets does not depend on how many others are computed with it.
+    """
+    before, _part.of = getattr(_part, "of", None), (samples, batch)
+    try:
+        yield
+    finally:
+        _part.of = before
+
+
+def of_the_batch(count: int) -> int:
+    """Semantics: a number of rows (or samples), as it were for the whole batch.
+
+    Not where tensors that autograd saves are packed, as in a checkpoint: what is computed again there, in the
+    backward, does not know of the batch, and has to choose as its forward did.
+    """
+    of = getattr(_part, "of", None)
+    if of is None or count % of[0] or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return count
+    return count // of[0] * of[1]
 
 
 def choose(op: str, name: str, names, key: tuple, one, tensors, grad: bool, baseline: str, tolerance: float) -> str:
@@ -44,8 +73,8 @@ def _same(t):
 
 
 def rows_class(x) -> int:
-    """The number of rows of x [..., d], rounded up to a power of two."""
-    return 1 << (x.numel() // max(x.shape[-1], 1) - 1).bit_length()
+    """The number of rows of x [..., d], or of the batch that x is a part of, rounded up to a power of two."""
+    return 1 << (of_the_batch(x.numel() // max(x.shape[-1], 1)) - 1).bit_length()
 
 
 def _outputs(out) -> list:

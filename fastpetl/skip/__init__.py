@@ -52,6 +52,8 @@ class _Setting:
         return self.plan
 
     def __exit__(self, *_) -> None:
+        if self._family.is_pruned(self._host):  # meanwhile: there is no way back
+            return
         self._family.set_skip(self._host, *self._before)
 
     def __repr__(self) -> str:

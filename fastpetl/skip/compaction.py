@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -56,7 +57,14 @@ def decide(x, policy, n_blocks: int, training: bool, attention_mask=None):
         raise ValueError(
             f"skip: mask is {got}, expected a bool tensor of shape (batch={expected[0]}, n_blocks={n_blocks})"
         )
-    return mask, scale
+    if scale is None:
+        return mask, None
+    if not isinstance(scale, torch.Tensor) or not scale.is_floating_point() or tuple(scale.shape) != expected:
+        got = f"{scale.dtype} {tuple(scale.shape)}" if isinstance(scale, torch.Tensor) else type(scale).__name__
+        raise ValueError(
+            f"skip: scale is {got}, expected floats of shape (batch={expected[0]}, n_blocks={n_blocks}) or None"
+        )
+    return mask, scale.to(x.device)
 
 
 def _real(mask):
@@ -82,7 +90,7 @@ class Samples:
 
     def __init__(self, x, mask, scale=None, copies: int = 1, seen=None):
         self._parts, self._scale, self._at, self._taken = [x, x[:0]], scale, -1, {}
-        shared = copies > 1 and scale is None
+        self._batch, shared = x.shape[0], copies > 1 and scale is None
         self._steps, self._restore = _schedule(mask, seen or [mask], x.shape[0], shared, x.device)
 
     def run(self, i: int, block, shortcut, parameters: Iterable = (), shortcut_parameters: Iterable = ()) -> None:
@@ -96,14 +104,22 @@ class Samples:
         kept, skipped = self._parts
         if len(kept):
             scale = None if self._scale is None else _select(self._scale[:, i], step.rows)
-            kept = _scaled(kept, block(kept, lambda t: self.take(t, i)), scale)
+            with self._part(kept):
+                y = block(kept, lambda t: self.take(t, i))
+            kept = _scaled(kept, y, scale)
         else:
             skipped = with_zero_gradients(skipped, parameters)
         if len(skipped):
-            skipped = shortcut(skipped)
+            with self._part(skipped):
+                skipped = shortcut(skipped)
         else:
             kept = with_zero_gradients(kept, shortcut_parameters)
         self._parts, self._at = [kept, skipped], i
+
+    def _part(self, rows):
+        from fastpetl.ops._measured import part_of
+
+        return contextlib.nullcontext() if len(rows) == self._batch else part_of(len(rows), self._batch)
 
     def whole(self) -> torch.Tensor:
         """Semantics: all samples in their order, [B * copies, ...]."""
@@ -258,7 +274,8 @@ def _mask_rows(t, index):
 def _scaled(x, y, scale):
     if scale is None:
         return y
-    return x + scale.to(y.dtype).view(-1, *(1,) * (y.dim() - 1)) * (y - x)
+    # y + (s - 1) (y - x), not x + s (y - x): where s is 1 it is y to the bit, in bf16 too
+    return y + (scale - 1).to(y.dtype).view(-1, *(1,) * (y.dim() - 1)) * (y - x)
 
 
 class StaticSamples:

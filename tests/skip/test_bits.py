@@ -3,7 +3,7 @@
 The C++ kernels compute each row for itself. In plain torch two things ask for more: a matrix product of fewer than four
 rows per thread takes another kernel (MKL's), and elementwise functions end in a scalar tail where a size is no multiple
 of the vector's. So the plain models here have five samples and hidden sizes of 32; a step of generation, one row per
-sample, is bit-equal with backend="cpp" only, as is what "auto" does: it measures by the number of rows.
+sample, is bit-equal with backend="cpp" only. "auto" chooses by the number of rows: by that of the whole batch.
 """
 
 import pytest
@@ -13,14 +13,14 @@ import fastpetl
 import meter_tiny
 import vilt_tiny
 import vl_tiny
-from fastpetl import skip
+from fastpetl import backends, skip
 from fastpetl.das import Scorer
 from fastpetl.das.scoring import scoring, sequential
 from skip.test_seq2seq_skip import build as build_seq2seq
 from vilt_tiny import one_thread  # noqa: F401
 
 FAMILIES = ("vilt", "meter", "bart", "t5", "vlbart", "vlt5")
-BACKENDS = (None, "cpp")
+BACKENDS = (None, "cpp", "auto")
 BATCH = 5
 
 
@@ -49,6 +49,21 @@ def rows_of_plain_torch(one_thread):  # noqa: F811
         pytest.skip("this machine's matrix products depend on the number of rows")
 
 
+@pytest.fixture(autouse=True)
+def another_backend_for_each_size(monkeypatch):
+    """In place of measuring: "auto" takes another backend for each power of two of rows."""
+    found = {}
+
+    def pick(key, runs, baseline, tolerance):
+        size = key[1][0] if isinstance(key[1], tuple) else key[1]
+        found[key] = sorted(runs)[size.bit_length() % len(runs)]
+        return found[key]
+
+    monkeypatch.setattr(backends, "pick", pick)
+    monkeypatch.setattr(backends, "picked", found.get)
+    return found
+
+
 def logits(model, given, mask):
     with torch.no_grad(), skip.skip(model, mask):
         torch.manual_seed(1)  # ViLT orders patches by it
@@ -71,7 +86,7 @@ def test_neighbours_do_not_matter(family, backend):
         assert torch.equal(got[seed], logits(model, given, mask[seed])[seed])  # nor that they skip something else
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS[:2])  # "auto" may take another for what follows the blocks
 @pytest.mark.parametrize("family", FAMILIES)
 def test_candidates_in_one_pass_are_the_candidates_one_by_one(family, backend):
     """The search's losses too: the pooler and the head see three times the batch, in rows of their own."""
@@ -90,6 +105,25 @@ def test_candidates_in_one_pass_are_the_candidates_one_by_one(family, backend):
         want = sequential(lambda r: loss(model(**batches(r)[0]), target), model, sets, None, 0)
         got = Scorer(batches, loss).losses(model, sets, None, 0)
     assert torch.equal(got, want) and len(set(want.tolist())) == 3
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_the_choice_is_for_the_batch_but_not_in_a_checkpoint(another_backend_for_each_size, reentrant):
+    """What is recomputed in the backward does not know of the batch: it must choose, and keep, what its forward did."""
+    chosen = another_backend_for_each_size
+    model, given, n = build("vilt", "auto")
+    mask = drawn(BATCH, n, 0)
+    sizes = []
+    for checkpointing in (False, True):
+        chosen.clear()
+        if checkpointing:
+            model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
+        with skip.skip(model, mask):
+            torch.manual_seed(1)
+            model(**given).logits.square().sum().backward()
+        sizes.append({key[1] for key in chosen if key[0] == "forward"})
+        assert len({name for key, name in chosen.items() if key[0] == "forward"}) > 1
+    assert len(sizes[0]) < len(sizes[1]) or reentrant  # there, without gradients, the batch is known
 
 
 @pytest.mark.parametrize("family", FAMILIES[2:])
