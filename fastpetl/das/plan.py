@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from fastpetl.skip.plan import SkipPlan
@@ -22,29 +21,12 @@ class SearchedPlan(SkipPlan):
     versions: dict = field(default_factory=dict)
     rounds: tuple[dict, ...] = ()
 
-    def save(self, path) -> Path:
-        """Semantics: write it as JSON; returns the path."""
-        path = Path(path)
-        path.write_text(json.dumps({"kind": "fastpetl.SearchedPlan", **asdict(self)}, indent=1) + "\n")
-        return path
-
-    @classmethod
-    def load(cls, path) -> SearchedPlan:
-        """Semantics: what `save` wrote."""
-        content = json.loads(Path(path).read_text())
-        if not isinstance(content, dict) or content.pop("kind", None) != "fastpetl.SearchedPlan":
-            raise ValueError(f"SearchedPlan.load: {path} was not written by SearchedPlan.save")
-        tuples = ("blocks", "names", "gates", "rounds")
-        return cls(**{key: tuple(value) if key in tuples else value for key, value in content.items()})
-
     def plot(self, path) -> Path:
         """Semantics: a PNG: each gate over the rounds, and for each block the rewards of the sets that skip it."""
-        import matplotlib
+        from matplotlib.figure import Figure  # not pyplot: the backend is the caller's
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+        figure = Figure(figsize=(11, 4.2))
+        left, right = figure.subplots(1, 2)
         steps = [0, *(r["step"] for r in self.rounds)]
         for i in range(len(self.gates)):
             skipped = i in self.blocks
@@ -60,7 +42,6 @@ class SearchedPlan(SkipPlan):
         right.set(xlabel="block", ylabel="reward above the round's mean", title="sets that skip the block")
         figure.tight_layout()
         figure.savefig(path, dpi=120)
-        plt.close(figure)
         return Path(path)
 
 

@@ -24,6 +24,11 @@ class Setting:
         self.values, self.shortcut, self.n_encoder, self.n_blocks = values, shortcut, n_encoder, n_blocks
         self.decided = None
 
+    def __getstate__(self):  # a scale may be of a forward's graph, which can neither be copied nor pickled
+        mask, scale = self.decided or (None, None)
+        decided = None if mask is None else (mask, None if scale is None else scale.detach())
+        return {**self.__dict__, "decided": decided}
+
     @property
     def per_sample(self) -> bool:
         return not isinstance(self.values, tuple)

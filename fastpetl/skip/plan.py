@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 SHORTCUTS = ("adapter", "identity")
 
@@ -61,6 +63,23 @@ class SkipPlan:
         if self.blocks and self.blocks[-1] >= n_blocks:
             raise ValueError(f"skip: plan skips block {self.blocks[-1]}, expected indices below n_blocks={n_blocks}")
         return tuple(i in self.blocks for i in range(n_blocks))
+
+    def save(self, path) -> Path:
+        """Semantics: write it as JSON; returns the path."""
+        path = Path(path)
+        path.write_text(json.dumps({"kind": f"fastpetl.{type(self).__name__}", **asdict(self)}, indent=1) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, path) -> SkipPlan:
+        """Semantics: what `save` wrote: `SkipPlan.load` takes a search's plan too, and gives it as one."""
+        content = json.loads(Path(path).read_text())
+        kind = content.pop("kind", None) if isinstance(content, dict) else None
+        if cls is SkipPlan and kind == "fastpetl.SearchedPlan":
+            from fastpetl.das.plan import SearchedPlan as cls
+        if kind != f"fastpetl.{cls.__name__}":
+            raise ValueError(f"{cls.__name__}.load: {path} was not written by {cls.__name__}.save")
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in content.items()})
 
 
 def check_shortcut(shortcut: str | None, function: str) -> None:

@@ -84,13 +84,18 @@ class Bandit(Policy):
         self.gates, self.n_skip, self.capacity = gates, n_skip, _capacity(capacity, "Bandit")
 
     def masks(self, x, n_blocks, training):
-        mask = torch.zeros(x.shape[0], n_blocks, dtype=torch.bool)
-        if self.n_skip == 0:
+        mask = torch.zeros(x.shape[0], n_blocks, dtype=torch.bool, device=self.gates.device)
+        if n_blocks != self.gates.numel():
+            raise ValueError(
+                f"Bandit: the model has {n_blocks} blocks, expected {self.gates.numel()}, one for each gate"
+            )
+        if self.n_skip == 0 or x.shape[0] == 0:
             return mask, None
         if training:
-            chosen = torch.multinomial(torch.sigmoid(self.gates).expand(x.shape[0], -1), self.n_skip)
-        else:
-            chosen = self.gates.topk(self.n_skip).indices.expand(x.shape[0], -1)
+            p = torch.sigmoid(self.gates).clamp_min(1e-30)  # a gate far below 0 may be drawn, if it must
+            chosen = torch.multinomial(p.expand(x.shape[0], -1), self.n_skip)
+        else:  # of equals the later, as the search's own plan has it
+            chosen = torch.argsort(self.gates, stable=True)[-self.n_skip :].expand(x.shape[0], -1)
         return mask.scatter(1, chosen, True), None
 
 
@@ -98,7 +103,7 @@ class Router(nn.Module, Policy):
     """A learned router. Semantics: p = sigmoid(W mean_t(x) + b) is the probability of keeping each block; kept is p >
     0.5. The mean is over tokens that are not padding.
 
-    Straight-through: kept blocks are scaled by 1 + p - stop_gradient(p), which is 1, so the loss trains W through
+    Straight-through: kept blocks are scaled by p - stop_gradient(p) + 1, which is 1, so the loss trains W through
     what the kept blocks add. `penalty` of the last forward, (mean(p) - budget)^2, is to be added to the loss: budget
     is the share of blocks to keep. With capacity the `capacity` samples of the highest p run each block. The router's
     parameters are not the model's: give them to the optimizer, save them.
@@ -124,7 +129,10 @@ class Router(nn.Module, Policy):
             mask = p <= 0.5
         else:
             mask = torch.ones_like(p, dtype=torch.bool).scatter(0, p.topk(self.capacity, 0).indices, False)
-        return mask.detach(), 1 + p - p.detach()
+        return mask.detach(), p - p.detach() + 1  # in this order it is 1 to the bit
+
+    def __getstate__(self):  # a penalty is of its forward's graph, which can neither be copied nor pickled
+        return {**self.__dict__, "penalty": None}
 
 
 def _mean(x, real):
@@ -155,6 +163,9 @@ class Candidates(Policy):
     """
 
     def __init__(self, sets: torch.Tensor):
+        if not isinstance(sets, torch.Tensor) or sets.dtype != torch.bool or sets.dim() != 2 or not len(sets):
+            got = f"{sets.dtype} {tuple(sets.shape)}" if isinstance(sets, torch.Tensor) else type(sets).__name__
+            raise ValueError(f"Candidates: sets is {got}, expected a bool tensor of shape (at least 1, n_blocks)")
         self.sets, self.copies = sets, sets.shape[0]
 
     def masks(self, x, n_blocks, training):

@@ -1,10 +1,16 @@
 """Policies: who decides which blocks a sample skips, and what they learn from it."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
 import fastpetl
+import meter_tiny
+from fastpetl.das.gates import Fill
 from fastpetl.skip import policies
+from skip import test_seq2seq_skip as seq2seq
 from skip.skip_cases import MASK, logits
 from vilt_tiny import everything, gradients, inputs, one_thread, pair, relative, run, tiny_das, tiny_vilt  # noqa: F401
 
@@ -40,6 +46,16 @@ def test_scaled_blocks():
             return MASK[:2], torch.full((2, 4), 2.0)
 
     x = torch.randn(2, 9, 32)
+
+    class Wrong(Fixed):
+        def masks(self, x, n_blocks, training):
+            return MASK[:2], torch.full((4,), 2.0)
+
+    with (
+        fastpetl.skip(model, Wrong()),
+        pytest.raises(ValueError, match=r"skip: scale is torch.float32 \(4,\), expected"),
+    ):
+        model.vilt.encoder(x)
     with fastpetl.skip(model, Fixed()):
         got = model.vilt.encoder(x).last_hidden_state
     for b in range(2):
@@ -57,6 +73,13 @@ def test_bandit():
     mask, _ = drawn(policies.Bandit(gates + torch.tensor([0, 0, 0, 0.1]), 2), training=False)
     assert mask.all(0).tolist() == [False, True, False, True]
     assert not drawn(policies.Bandit(gates, 0))[0].any()
+    for tied in (torch.zeros(4).double(), gates):  # of equals the later, as the search's plan
+        (mask, _) = drawn(policies.Bandit(tied, 3), n=1, training=False)
+        assert tuple(mask[0].nonzero().flatten().tolist()) == Fill(4, 3).best(tied)
+    low = torch.full((4,), -900.0, dtype=torch.float64)  # sigmoid gives 0
+    assert (drawn(policies.Bandit(low, 3))[0].sum(1) == 3).all()
+    with pytest.raises(ValueError, match="Bandit: the model has 5 blocks, expected 4, one for each gate"):
+        drawn(policies.Bandit(gates, 2), blocks=5)
     with pytest.raises(ValueError, match="Bandit: n_skip is 5, expected 0 to 4"):
         policies.Bandit(gates, 5)
 
@@ -151,3 +174,38 @@ def test_callables():
         policies.Masks([[True]])
     with pytest.raises(NotImplementedError, match="Policy.masks is not defined, expected every policy to define it"):
         policies.Policy().masks(None, 1, True)
+
+
+@pytest.mark.parametrize("kind", ["vilt", "meter", "vlbart", "t5"])
+def test_a_model_with_a_router_is_copied_and_pickled(kind):
+    """After a forward too, whose penalty and scale hang on a graph; and what a router keeps runs as without one."""
+    if kind in ("vilt", "meter"):
+        model, given = (tiny_das(), inputs(3)) if kind == "vilt" else (meter_tiny.tiny(), meter_tiny.inputs(3))
+    else:
+        model, given = seq2seq.build(kind), seq2seq.given(kind)
+    n = len(fastpetl.blocks(model))
+    router = policies.Router(32, n)
+    torch.nn.init.normal_(router.gate.weight, std=2.0)
+    torch.nn.init.zeros_(router.gate.bias)
+    chosen = []
+    masks = router.masks
+    router.masks = lambda *args, **told: chosen.append(masks(*args, **told)) or chosen[-1]
+    fastpetl.skip(model, router)
+
+    def logits(model):
+        torch.manual_seed(1)
+        return model(**given).logits
+
+    want = logits(model)
+    assert router.penalty.requires_grad and (chosen[0][1] == 1).all() and len(chosen[0][0].unique()) == 2
+    del router.masks
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(other), want)
+    with fastpetl.skip(model, chosen[0][0]):
+        assert torch.equal(logits(model), want)
+
+
+def test_wrong_candidates():
+    for sets in ([[True] * 4], torch.zeros(4).bool(), torch.zeros(2, 4), torch.zeros(0, 4).bool()):
+        with pytest.raises(ValueError, match="Candidates: sets is .* expected a bool tensor of shape"):
+            policies.Candidates(sets)

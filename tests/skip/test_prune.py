@@ -47,6 +47,16 @@ def test_without_adapters_and_with_a_plan_given():
     assert torch.equal(run(fastpetl.prune(model, [False, True, True, False])).logits, want)
 
 
+@pytest.mark.parametrize("build", [tiny_das, tiny_vilt])
+def test_inside_a_context(build):
+    """Leaving it does not bring the dropped blocks back: the plan stays."""
+    model = build()
+    with fastpetl.skip(model, PLAN):
+        want = run(model).logits
+        fastpetl.prune(model)
+    assert fastpetl.skip.current(model).blocks == PLAN.blocks and torch.equal(run(model).logits, want)
+
+
 def test_saved_and_loaded(tmp_path):
     model = tiny_das()
     backbone = fastpetl.detach(copy.deepcopy(model))
