@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -31,12 +32,16 @@ QUIRKS = {
 }
 
 
+_MOST = 700.0  # exp() of more is not a float64
+
+
 class Search:
     """The search as a state that a training loop of one's own drives: `begin` before each micro-batch, `end` after it.
 
     Semantics: `begin` has the model skip a set drawn by sigmoid(gates); every `turn` calls of `end`, warm-up over,
-    `candidates` different sets are scored on validation data and the gates move (`gates.update_gates`). `plan` is what
-    the gates say now, `finish` restores the skip set from before and returns it. Arguments as in `search`.
+    `candidates` different sets are scored on validation data and the gates move (`gates.update_gates`). Between `end`
+    and the next `begin`, where a loop evaluates, the model skips what the gates say now. `plan` is that, `finish`
+    restores the skip set from before and returns it. Arguments as in `search`.
     """
 
     def __init__(
@@ -62,6 +67,8 @@ class Search:
         for name, value, least in (("turn", turn, 1), ("candidates", candidates, 2), ("warmup_steps", warmup_steps, 0)):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"search: {name} is {value!r}, expected an integer >= {least}")
+        if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not math.isfinite(lr):
+            raise ValueError(f"search: lr is {lr!r}, expected a finite number")
         check_count(self.fill, candidates)
         unknown = [quirk for quirk in quirks if quirk not in QUIRKS]
         if unknown:
@@ -98,6 +105,8 @@ class Search:
             self._round()
         self.step += 1
         self.count = 0 if due else self.count + 1  # from the first step: the round after warm-up comes at once
+        if self._before is not None:
+            skip(self.model, self._row(self.fill.best(self.gates)), shortcut=self.shortcut)
         return due
 
     def _due(self) -> bool:
@@ -110,6 +119,13 @@ class Search:
         for chosen, loss in zip(sets, losses.tolist(), strict=True):
             if not math.isfinite(loss):
                 raise ValueError(f"search: evaluate gave a loss of {loss} with blocks {chosen} skipped, at step {step}")
+            if loss < -_MOST:
+                raise ValueError(f"search: evaluate gave a loss of {loss}, expected one whose exp(-loss) is finite")
+        if losses.min() > _MOST:
+            least = losses.min().item()
+            warnings.warn(
+                f"search: losses are {least} and more, their rewards exp(-loss) 0: no gate moves", stacklevel=2
+            )
         self.gates = update_gates(self.gates, sets, losses, self.lr)
         self.rounds.append(
             {
@@ -192,9 +208,9 @@ class Search:
         for name in own:
             if saved.get(name) != own[name]:
                 raise ValueError(f"search: the checkpoint's {name} is {saved.get(name)!r}, expected {own[name]!r}")
-        self.gates, self.step, self.count = state["gates"], state["step"], state["count"]
+        self.gates, self.step, self.count = state["gates"].cpu(), state["step"], state["count"]
         self.rounds = json.loads(state["rounds"])
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
 
 
 def search(
@@ -228,16 +244,21 @@ def search(
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise ValueError(f"search: steps is {steps!r}, expected an integer >= 1")
+    if not isinstance(checkpoint_every, int) or isinstance(checkpoint_every, bool) or checkpoint_every < 1:
+        raise ValueError(f"search: checkpoint_every is {checkpoint_every!r}, expected an integer >= 1")
     warmup_steps = steps // 3 if warmup_steps is None else warmup_steps
     made = Search(model, evaluate, n_skip=n_skip, budget_macs=budget_macs, warmup_steps=warmup_steps, **options)
     keep = {"model": _Trained(model), "rng": _Generators(model), "search": made, **(state or {})}
-    if checkpoint is not None and Path(checkpoint).is_file():
-        _load(Path(checkpoint), keep)
+    if checkpoint is not None:
+        Path(checkpoint).parent.mkdir(parents=True, exist_ok=True)
+        if Path(checkpoint).is_file():
+            _load(Path(checkpoint), keep)
+        at = _of_all_ranks(made.step)
+        if len(set(at)) > 1:
+            raise ValueError(f"search: the ranks' checkpoints are of steps {at}, expected one file that all ranks see")
     from tqdm import tqdm
 
-    rank = (
-        torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
-    )
+    rank = torch.distributed.get_rank() if _distributed() else 0
     try:
         with tqdm(total=steps, initial=made.step, desc="search", unit="step", disable=not progress or rank > 0) as bar:
             while made.step < steps:
@@ -246,8 +267,8 @@ def search(
                 if made.end():
                     bar.set_postfix_str(f"skip {','.join(map(str, made.fill.best(made.gates)))}")
                 bar.update()
-                if checkpoint is not None and rank == 0 and (made.step % checkpoint_every == 0 or made.step == steps):
-                    _save(Path(checkpoint), keep)
+                if checkpoint is not None and (made.step % checkpoint_every == 0 or made.step == steps):
+                    _save(Path(checkpoint), keep, rank)
     finally:
         plan = made.finish()
     return plan
@@ -312,21 +333,43 @@ class _Trained:
 
 
 class _Generators:
+    """torch's generators, each rank's its own: their batches and dropout differ."""
+
     def __init__(self, model):
         self.devices = _devices(model)
 
     def state_dict(self):
-        return {"cpu": torch.get_rng_state(), **{str(d): torch.cuda.get_rng_state(d) for d in self.devices}}
+        own = {"cpu": torch.get_rng_state(), **{str(d): torch.cuda.get_rng_state(d) for d in self.devices}}
+        return {"ranks": _of_all_ranks(own)}
 
     def load_state_dict(self, state):
-        torch.set_rng_state(state["cpu"])
+        ranks, rank, here = state["ranks"], 0, 1
+        if _distributed():
+            rank, here = torch.distributed.get_rank(), torch.distributed.get_world_size()
+        if len(ranks) != here:
+            raise ValueError(f"search: the checkpoint is of {len(ranks)} processes, expected {here}, as there are now")
+        own, names = ranks[rank], {"cpu", *map(str, self.devices)}
+        if own.keys() != names:
+            raise ValueError(f"search: the checkpoint is of devices {sorted(own)}, expected {sorted(names)}")
+        torch.set_rng_state(own["cpu"])
         for device in self.devices:
-            torch.cuda.set_rng_state(state[str(device)], device)
+            torch.cuda.set_rng_state(own[str(device)], device)
 
 
-def _save(path: Path, keep: Mapping) -> None:
+def _of_all_ranks(value) -> list:
+    if not _distributed():
+        return [value]
+    found = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def _save(path: Path, keep: Mapping, rank: int) -> None:
+    states = {name: thing.state_dict() for name, thing in keep.items()}  # on all ranks: they speak to each other
+    if rank > 0:
+        return
     part = path.with_name(path.name + ".part")
-    torch.save({name: thing.state_dict() for name, thing in keep.items()}, part)
+    torch.save(states, part)
     os.replace(part, path)  # a kill leaves the old one
 
 

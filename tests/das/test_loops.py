@@ -189,13 +189,44 @@ def _rank(rank, folder):
     options = {"steps": 7, "n_skip": 2, "turn": 3, "warmup_steps": 0, "progress": False}
     plans = [search(task.model, step, evaluate, **options, quirks=quirks) for quirks in ((), ("rank0_rewards",))]
     found = [[plan.gates, plan.rounds, plan.blocks] for plan in plans]
-    Path(folder, f"{rank}.json").write_text(json.dumps([found, own]))
+    resumed = _interrupted_and_whole(rank, folder)
+    Path(folder, f"{rank}.json").write_text(json.dumps([found, own, resumed]))
+
+
+def _interrupted_and_whole(rank, folder) -> list:
+    """[gates, rounds and a weight of a search that was killed and resumed, of one that was not]: ViLT orders patches by
+    the global generator, which each rank has in a state of its own.
+    """
+    found = []
+    for killed_at in (4, None):
+        for seed in (rank, 10 + rank):
+            task = Task()
+            ddp = torch.nn.parallel.DistributedDataParallel(task.model)
+
+            def step(i, task=task, ddp=ddp, dies=killed_at if seed == rank else None):
+                if i == dies:
+                    raise KeyboardInterrupt
+                task.optimizer.zero_grad()
+                task.loss(ddp(**task.data), task.target).backward()
+                task.optimizer.step()
+
+            torch.manual_seed(seed)
+            options = {"steps": 7, "n_skip": 2, "turn": 2, "warmup_steps": 0, "progress": False, "per_sample": True}
+            options |= {"checkpoint": Path(folder, f"search{killed_at}.pt"), "checkpoint_every": 3}
+            try:
+                plan = search(task.model, step, task.evaluate, state={"optimizer": task.optimizer}, **options)
+            except KeyboardInterrupt:
+                continue
+            found.append([plan.gates, plan.rounds, task.model.classifier[3].weight.tolist()])
+            break
+    return found
 
 
 def test_ranks_agree(tmp_path):
     """On the mean of their rewards; by the quirk's name on rank 0's."""
     two_ranks.run(__file__, tmp_path)
-    (a, own), (b, other) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    (a, own, resumed), (b, other, *_) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert resumed[0] == resumed[1] and len(resumed[0][1]) == 3
     assert a == b and own != other
     losses = [[loss for r in rounds for loss in r["losses"]] for _, rounds, _ in a]
     n = len(losses[0])

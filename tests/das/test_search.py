@@ -238,7 +238,7 @@ def test_rewards_leave_the_run_as_it_was():
 
 @pytest.mark.parametrize("killed_at", [0, 4, 7, 11])
 def test_resumed_after_a_kill(killed_at, tmp_path):
-    whole, file = Task(), tmp_path / "search.pt"
+    whole, file = Task(), tmp_path / "made" / "search.pt"
     want = whole.search()
     first = Task()
     step = first.step
@@ -280,7 +280,15 @@ def test_the_plan_is_a_file_and_a_picture(tmp_path):
     model = tiny_das()
     fastpetl.skip(model, loaded)
     assert fastpetl.skip.current(model).blocks == plan.blocks
+    again = fastpetl.SkipPlan.load(tmp_path / "plan.json")
+    assert type(again) is SearchedPlan and again == plan
+    plain = fastpetl.SkipPlan((2, 1), "identity")
+    assert fastpetl.SkipPlan.load(plain.save(tmp_path / "plain.json")) == plain
+    with pytest.raises(ValueError, match="SearchedPlan.load: .*plain.json was not written by SearchedPlan.save"):
+        SearchedPlan.load(tmp_path / "plain.json")
     (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match="SkipPlan.load: .*other.json was not written by SkipPlan.save"):
+        fastpetl.SkipPlan.load(tmp_path / "other.json")
     with pytest.raises(ValueError, match="SearchedPlan.load: .*other.json was not written by SearchedPlan.save"):
         SearchedPlan.load(tmp_path / "other.json")
 
@@ -314,6 +322,13 @@ def test_without_adapters():
         ({"evaluate": lambda r: float("nan")}, ValueError, "search: evaluate gave a loss of nan with blocks"),
         ({"evaluate": lambda r: -float("inf")}, ValueError, "search: evaluate gave a loss of -inf with blocks"),
         ({"evaluate": lambda r: float("inf")}, ValueError, "search: evaluate gave a loss of inf with blocks"),
+        (
+            {"evaluate": lambda r: -1000.0},
+            ValueError,
+            "search: evaluate gave a loss of -1000.0, expected one whose exp",
+        ),
+        ({"lr": float("nan")}, ValueError, "search: lr is nan, expected a finite number"),
+        ({"checkpoint_every": 0}, ValueError, "search: checkpoint_every is 0, expected an integer >= 1"),
         ({"evaluate": lambda r: torch.zeros(2)}, ValueError, r"search: evaluate gave a loss of shape \(2,\), expected"),
     ],
 )
@@ -322,6 +337,26 @@ def test_impossible_requests(options, error, message):
     with pytest.raises(error, match=message):
         task.search(**options)
     assert fastpetl.skip.current(task.model) is None
+
+
+def test_losses_too_large_to_earn_anything():
+    with pytest.warns(UserWarning, match=r"search: losses are 1000.0 and more, their rewards exp\(-loss\) 0"):
+        assert not any(Task().search(lambda r: 1000.0).gates)
+
+
+def test_between_steps_the_model_skips_what_the_gates_say():
+    """An evaluation in the loop is not of the set the last micro-batch happened to train with."""
+    task = Task()
+    fastpetl.skip(task.model, [True, False, False, False])
+    made = Search(task.model, task.evaluate, n_skip=2, turn=3, seed=1)
+    for i in range(7):
+        made.begin()
+        task.step(i)
+        made.end()
+        assert fastpetl.skip.current(task.model).blocks == made.plan().blocks
+    assert any(made.gates) and len({p.blocks for p in task.seen}) > 2
+    made.finish()
+    assert fastpetl.skip.current(task.model).blocks == (0,)
 
 
 def test_wrong_scorers_and_callbacks():
