@@ -17,12 +17,13 @@ from fastpetl.skip import compaction
 
 class Setting:
     """What an encoder and its decoder share. values: a bool per block or a policy, encoder first; decided: (mask,
-    scale) of the batch that entered the encoder last, which the decoder keeps to in all its steps.
+    scale) of the batch that entered the encoder last, which the decoder keeps to in all its steps; mark: the first
+    token's state of each sample that came out, by which the decoder knows that it is given that batch.
     """
 
     def __init__(self, values, shortcut: str, n_encoder: int, n_blocks: int):
         self.values, self.shortcut, self.n_encoder, self.n_blocks = values, shortcut, n_encoder, n_blocks
-        self.decided = None
+        self.decided = self.mark = None
 
     def __getstate__(self):  # a scale may be of a forward's graph, which can neither be copied nor pickled
         mask, scale = self.decided or (None, None)
@@ -34,8 +35,23 @@ class Setting:
         return not isinstance(self.values, tuple)
 
     def decide(self, x, training: bool, attention_mask):
-        self.decided = compaction.decide(x, self.values, self.n_blocks, training, attention_mask)
+        self.decided, self.mark = compaction.decide(x, self.values, self.n_blocks, training, attention_mask), None
         return self.decided
+
+    def came_out(self, states) -> None:
+        if not torch.compiler.is_compiling():
+            self.mark = states[:, 0].detach().clone()
+
+    def known(self, source):
+        """`decided`, if `source`, the states the decoder is given, are of the batch it was decided for, beams or not;
+        with a capacity, whose shapes and graphs know nothing of values, of whatever batch they are.
+        """
+        if self.mark is None or source is None or torch.compiler.is_compiling() or self.values.capacity is not None:
+            return self.decided
+        beams, left = divmod(source.shape[0], self.mark.shape[0])
+        mark = self.mark.to(source.device)
+        same = beams and not left and torch.equal(source[:, 0], mark.repeat_interleave(beams, 0))
+        return self.decided if same else None
 
 
 class Skipping:
@@ -43,7 +59,7 @@ class Skipping:
 
     A per-sample policy is asked when a batch enters the encoder; the decoder's steps keep to what it said, each
     sample's row standing for as many decoder rows in a row as there are (beams; capacity counts samples). A decoder
-    without an encoder's forward before it asks with the encoder states it is given. In a cache a skipped sample's rows
+    that is given other encoder states than those that came out last asks with these. In a cache a skipped sample's rows
     are zeros nobody reads: the length is everybody's. Attention maps and hidden states are those of the layers that ran
     (static plans only).
     """
@@ -54,6 +70,9 @@ class Skipping:
         asked = [name for name in asked if kwargs.get(name, getattr(self.config, name, False))]
         if asked and setting.per_sample:
             raise ValueError(f"skip: {asked[0]} is True while samples skip blocks of their own, expected not")
+        replica = self.__dict__.get("_is_replica", False)  # their threads would share what is decided
+        if replica and setting.per_sample:
+            raise ValueError("skip: nn.DataParallel while samples skip blocks of their own, expected DDP")
         if self.training and getattr(self, "layerdrop", 0) > 0:
             raise ValueError(f"skip: layerdrop is {self.layerdrop}, expected 0 in training while blocks are skipped")
         before = self.__dict__.get("_fastpetl_turns")
@@ -63,9 +82,12 @@ class Skipping:
         if turns.decoder and copies > 1 and source is not None:  # the library makes masks for one copy
             turns.source, kwargs["encoder_hidden_states"] = source, source[: source.shape[0] // copies]
         try:
-            return super().forward(*args, **kwargs)
+            out = super().forward(*args, **kwargs)
         finally:
             self.__dict__["_fastpetl_turns"] = before
+        if setting.per_sample and not turns.decoder:
+            setting.came_out(out[0])
+        return out
 
 
 @functools.cache
@@ -152,7 +174,7 @@ class _Turns:
                 if source is None
                 else (source, self.training, args[3] if self.blocks_are_t5 else kwargs["encoder_attention_mask"])
             )
-            mask, scale = self.setting.decided or self.setting.decide(*asks)
+            mask, scale = self.setting.known(source) or self._ask(source, asks)
             rows = x.shape[0] * policy.copies
             if rows % mask.shape[0]:
                 raise ValueError(
@@ -169,6 +191,12 @@ class _Turns:
             self.stream = compaction.stream(x, mask, scale, policy.capacity, policy.copies)
         self.copies = policy.copies if self.decoder else 1
         self.batch, self.repeats = x.shape[0] // self.copies, {}
+
+    def _ask(self, source, asks):
+        decided = self.setting.decide(*asks)
+        if source is not None:
+            self.setting.came_out(source)
+        return decided
 
     def _rows(self, values, take):
         return [self._of(take, value) for value in values]

@@ -14,8 +14,8 @@ _part = threading.local()  # .of: (samples here, samples of the batch) while a p
 
 @contextlib.contextmanager
 def part_of(samples: int, batch: int):
-    """Semantics: in here a choice by the number of rows is the one for the whole batch, of which `samples` are computed:
-    what a sample gets does not depend on how many others are computed with it.
+    """Semantics: in here a choice by the number of rows is the one for the whole batch, of which `samples` are
+    computed: what a sample gets does not depend on how many others are computed with it.
     """
     before, _part.of = getattr(_part, "of", None), (samples, batch)
     try:

@@ -196,6 +196,35 @@ def test_policies_decide_once_for_all_steps():
 
 
 @pytest.mark.parametrize("kind", ["bart", "t5"])
+def test_a_decoder_that_is_given_another_batch_than_the_encoder_had(kind):
+    """What was decided is of a batch: it does not pass for that of another one, of whatever size."""
+    model, asked = build(kind), []
+    data = given(kind)
+    encoded = {name: value for name, value in data.items() if name != "input_ids"}
+
+    def first_keeps_all(x, n_blocks):
+        asked.append(x)
+        return (torch.arange(len(x)) % 2 == 1)[:, None].expand(-1, n_blocks)
+
+    with torch.no_grad(), skip.skip(model, first_keeps_all):
+        encode = model.get_encoder()
+        want = model(**data).logits
+        assert len(asked) == 1
+        ours = encode(input_ids=data["input_ids"], attention_mask=data["attention_mask"])
+        assert torch.equal(model(encoder_outputs=ours, **encoded).logits, want) and len(asked) == 2
+        for others in (data["input_ids"][:1], data["input_ids"].flip(0), data["input_ids"].repeat(2, 1)):
+            encode(input_ids=others)
+            asked.clear()
+            for _ in range(2):  # the second time it is known
+                assert torch.equal(model(encoder_outputs=ours, **encoded).logits, want)
+            assert len(asked) == 1 and torch.equal(asked[0], ours[0])
+    with skip.skip(model, MASK):
+        replica = model.get_encoder()._replicate_for_data_parallel()
+        with pytest.raises(ValueError, match="skip: nn.DataParallel while samples skip blocks of their own, expected"):
+            replica(input_ids=data["input_ids"])
+
+
+@pytest.mark.parametrize("kind", ["bart", "t5"])
 def test_a_router_does_not_see_padding(kind):
     model, router = build(kind), policies.Router(32, 4)
     torch.nn.init.normal_(router.gate.weight, std=2.0)
