@@ -22,9 +22,17 @@ PY := $(VENV)/bin/python
 SETUP := $(VENV)/.ready
 endif
 
-.PHONY: test demo build bench lint sanitize
+# The tests in two processes of a thread each (tests/conftest.py), where pytest-xdist is installed, as it is in .venv.
+# A file's tests stay together: they share what took long to make. In the order of the tree, whose last files are short.
+SHARED = $(shell $(PY) -c "import xdist; print('-n 2 --dist loadfile --no-loadscope-reorder')" 2>/dev/null)
+
+.PHONY: test test-slow demo build bench lint sanitize
 test: build
-	$(PY) -m pytest -q tests -m "not slow"
+	$(PY) -m pytest -q tests -m "not slow" $(SHARED)
+
+# what `make test` leaves out: whole grids, every ahead-of-time compile, builds from nothing
+test-slow: build
+	$(PY) -m pytest -q tests -m slow $(SHARED)
 
 demo: build
 	$(PY) -m fastpetl demo

@@ -4,7 +4,14 @@ import importlib.util
 import os
 import random
 
-import torch
+# `make test` shares the tests between two processes. Each then has one thread, and what it starts has: more would wait
+# for the other's. Tests of threads say how many they want.
+SHARED = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1
+if SHARED:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # in this process: a pool of its own imports torch again
+
+import torch  # noqa: E402
 
 # Triton reads TRITON_INTERPRET when its language module is imported and when a kernel is decorated: one process, one
 # mode. Without a GPU that mode is the interpreter; tests that compile ahead of time start a process of their own.
@@ -18,7 +25,7 @@ import pytest  # noqa: E402
 
 if os.environ.get("FASTPETL_TEST_DEVICE"):  # where the op tests make their tensors (benchmarks/gpu_suite.py: cuda)
     torch.set_default_device(os.environ["FASTPETL_TEST_DEVICE"])
-torch.set_num_threads(2)  # the same sums, and the same speed, on every machine
+torch.set_num_threads(1 if SHARED else 2)  # the same sums, and the same speed, on every machine
 
 if os.environ.get("TRITON_INTERPRET") == "1" and all(map(importlib.util.find_spec, ("triton", "interp_patch"))):
     import interp_patch  # noqa: E402, F401  (corrects the interpreter's bf16)

@@ -16,6 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 def isa(request):
     before, threads = C.cpu_isa(), torch.get_num_threads()
     C.set_cpu_isa(request.param)
+    torch.set_num_threads(2)
     yield request.param
     C.set_cpu_isa(before)
     torch.set_num_threads(threads)

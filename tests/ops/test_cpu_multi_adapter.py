@@ -20,6 +20,7 @@ CONFIG = (True, EPS, 3, SCALE)  # add_x, eps, gelu_tanh, scale
 def isa(request):
     before, threads = C.cpu_isa(), torch.get_num_threads()
     C.set_cpu_isa(request.param)
+    torch.set_num_threads(2)
     yield request.param
     C.set_cpu_isa(before)
     torch.set_num_threads(threads)

@@ -46,6 +46,7 @@ SIZES = [(199, 768, 96), (1, 760, 8), (199, 1128, 100), (33, 1024, 48), (17, 760
 def isa(request):
     before, threads = C.cpu_isa(), torch.get_num_threads()
     C.set_cpu_isa(request.param)
+    torch.set_num_threads(2)
     yield request.param
     C.set_cpu_isa(before)
     torch.set_num_threads(threads)
