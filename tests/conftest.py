@@ -1,5 +1,6 @@
 """What every test relies on. The first lines run before torch or triton is imported anywhere."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -27,8 +28,23 @@ if os.environ.get("FASTPETL_TEST_DEVICE"):  # where the op tests make their tens
     torch.set_default_device(os.environ["FASTPETL_TEST_DEVICE"])
 torch.set_num_threads(1 if SHARED else 2)  # the same sums, and the same speed, on every machine
 
+# A seed for a device that is not there is queued, with the stack as text, which takes longer than a small test.
+for device in (torch.cuda, torch.xpu, torch.mtia):
+    if not device.is_available():
+        device.manual_seed_all = lambda seed: None
+
 if os.environ.get("TRITON_INTERPRET") == "1" and all(map(importlib.util.find_spec, ("triton", "interp_patch"))):
     import interp_patch  # noqa: E402, F401  (corrects the interpreter's bf16)
+
+
+def pytest_collection_finish():
+    """What importing and collecting made stays to the end: the garbage collector need not look at it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,21 @@ import pytest
 import torch
 
 import fastpetl.bench
-from fastpetl.bench import cases, machine, models, ops, plan, report, skip, tasks, timing, variant, workloads
+from fastpetl.bench import (
+    cases,
+    cli,
+    machine,
+    models,
+    ops,
+    plan,
+    report,
+    skip,
+    tasks,
+    timing,
+    variant,
+    worker,
+    workloads,
+)
 
 ROW = {"model", "dtype", "mode", "variant", "status", "ms", "spread", "samples", "thrown_away", "loaded"}
 QUIET = {"rounds": 3, "patience": 0.0}
@@ -22,6 +36,20 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch, tmp_path):
+    """For all commands but the first below: the measuring process would import for seconds."""
+
+    def run(job):
+        ask, answer = tmp_path / "job.json", tmp_path / "result.json"
+        ask.write_text(json.dumps({**job, "malloc": "default"}))
+        assert worker.main([str(ask), str(answer)]) == 0
+        return json.loads(answer.read_text())
+
+    monkeypatch.setattr(cli, "_run", run)
+    monkeypatch.setattr(machine, "THREADS", 1)
 
 
 def test_command_line_writes_the_schema(tmp_path, capsys):
@@ -43,7 +71,7 @@ def test_command_line_writes_the_schema(tmp_path, capsys):
         assert word in printed
 
 
-def test_models_at_another_batch_has_no_bars(tmp_path):
+def test_models_at_another_batch_has_no_bars(tmp_path, in_this_process):
     file = tmp_path / "bench.json"
     only = "vlbart/fp32/train/patched,vlt5/fp32/train/patched,vlt5/fp32/memory/patched"
     command = ["models", "--tiny", "--quick", "--batch", "1", "--only", only, "--json", str(file)]
@@ -153,7 +181,7 @@ def test_every_case_computes_its_formula(case, dtype):
     assert built.flop > 0 and min(built.reads_writes) > 0
 
 
-def test_ops_of_the_command_line(tmp_path, capsys):
+def test_ops_of_the_command_line(tmp_path, capsys, in_this_process):
     file = tmp_path / "ops.json"
     assert fastpetl.bench.main(["ops", "--tiny", "--quick", "--only", "fp32/adapter/r96", "--json", str(file)]) == 0
     found, printed = json.loads(file.read_text()), capsys.readouterr().out
@@ -235,7 +263,7 @@ def test_environment_pins_and_caps():
     assert env["OMP_NUM_THREADS"] == "2" and env["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE"
 
 
-def test_skip_writes_what_became_of_the_macs(tmp_path, capsys):
+def test_skip_writes_what_became_of_the_macs(tmp_path, capsys, in_this_process):
     file = tmp_path / "skip.json"
     assert fastpetl.bench.main(["skip", "--tiny", "--quick", "--only", "inference,scoring", "--json", str(file)]) == 0
     found, printed = json.loads(file.read_text()), capsys.readouterr().out
@@ -258,7 +286,7 @@ def test_skip_refuses_one_pass_that_is_not_three(monkeypatch):
         skip.measure(skip.Plan(tiny=True, only=("scoring",), rounds=1, patience=0.0))
 
 
-def test_tasks_writes_decoding_and_mixing(tmp_path, capsys):
+def test_tasks_writes_decoding_and_mixing(tmp_path, capsys, in_this_process):
     file = tmp_path / "tasks.json"
     assert fastpetl.bench.main(["tasks", "--tiny", "--quick", "--json", str(file)]) == 0
     found, printed = json.loads(file.read_text()), capsys.readouterr().out

@@ -18,12 +18,11 @@ def suite(folder, *args):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the suite itself")
 def test_some_stages_without_a_gpu(tmp_path):
-    done = suite(tmp_path, "--only", "sanitizer,spills,model")
+    done = suite(tmp_path, "--only", "sanitizer,spills")
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("*.json")
     found = json.loads(file.read_text())
-    assert list(found["stages"]) == ["facts", "sanitizer", "spills", "model"] and found["spills"]["ok"] is None
-    assert {row["variant"] for row in found["model"]} >= {"eager", "compile", "patched", "bare, patched"}
+    assert list(found["stages"]) == ["facts", "sanitizer", "spills"] and found["spills"]["ok"] is None
     assert "sizes and times here mean nothing" in file.with_suffix(".md").read_text()
 
 
@@ -34,10 +33,12 @@ def test_a_stage_out_of_time_is_a_line_not_the_end(tmp_path):
     assert len(list(tmp_path.glob("*.md"))) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # the stages above stay: the driver, a process for each stage, both files
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the suite itself")
 def test_every_stage_without_a_gpu(tmp_path):
     done = suite(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("*.json")
-    assert all(check["ok"] for check in json.loads(file.read_text())["checks"])
+    found = json.loads(file.read_text())
+    assert all(check["ok"] for check in found["checks"])
+    assert {row["variant"] for row in found["model"]} >= {"eager", "compile", "patched", "bare, patched"}

@@ -132,12 +132,8 @@ def family_of(model: nn.Module, function: str):
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model is {type(model).__name__}, expected a torch.nn.Module")
-    found = [
-        (family, name, module)
-        for family in families()
-        for name, module in model.named_modules()
-        if family.hosts(module)
-    ]
+    modules = list(model.named_modules())  # once: walking costs more than asking
+    found = [(family, name, module) for family in families() for name, module in modules if family.hosts(module)]
     # What is in another host (METER's two towers) is that one's.
     inside = {id(m) for *_, host in found for m in host.modules() if m is not host}
     found = [entry for entry in found if id(entry[2]) not in inside]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 
 import pytest
+import torch
 
 pytest.importorskip("easy_vqa", reason="the demo's data set is the package easy-vqa")
 pytest.importorskip("transformers", reason="the demo's model is Hugging Face's")
@@ -29,9 +31,26 @@ def not_blank(path) -> bool:
     return min(picture.size) > 300 and len(colours) > 50
 
 
-def test_quick_run_writes_results_and_plots(tmp_path, capfd):
+@pytest.fixture
+def one_child(monkeypatch):
+    """The first of a demo's processes is one; what the others would run runs here: each would import for seconds."""
+    child, started, threads = run._child, [], torch.get_num_threads()
+
+    def here(module, *arguments):
+        started.append(module)
+        if len(started) == 1:
+            return child(module, *arguments)
+        assert importlib.import_module(f"fastpetl.demo.{module}").main([*map(str, arguments)]) == 0
+
+    monkeypatch.setattr(run, "_child", here)
+    yield started
+    torch.set_num_threads(threads)
+
+
+def test_quick_run_writes_results_and_plots(tmp_path, capfd, one_child):
     out = tmp_path / "made" / "here"
     assert fastpetl.demo.main(["--quick", "--threads", "1", "--out", str(out)]) == 0
+    assert one_child == ["train"] * len(VARIANTS) + ["compare"]
     assert sorted(os.listdir(out)) == ["costs.png", "losses.png", "results.json"]
     assert not_blank(out / "losses.png") and not_blank(out / "costs.png")
     results = json.loads((out / "results.json").read_text())

@@ -73,18 +73,18 @@ def check_own_instructions(report):
         assert large and all(k["instructions"].get(name) for k in large), large
 
 
-def test_das_configurations_compile_for_each_architecture():
-    report = compile_all()
-    check(report, KERNELS["adapter"])
-    check_own_instructions(report)
+@pytest.fixture(scope="module")
+def a_few():
+    """All ops in one process: it starts its workers once."""
+    return compile_all("--op", ",".join(KERNELS))
 
 
-def test_a_few_configurations_of_each_other_op_compile():
-    ops = [op for op in KERNELS if op != "adapter"]
-    report = compile_all("--op", ",".join(ops))
-    for op in ops:
-        check([k for k in report if k["op"] == op], KERNELS[op])
-    check_own_instructions([k for k in report if k["op"] == "site"])
+@pytest.mark.parametrize("op", KERNELS)
+def test_a_few_configurations_compile_for_each_architecture(op, a_few):
+    report = [k for k in a_few if k["op"] == op]
+    check(report, KERNELS[op])
+    if op in ("adapter", "site"):
+        check_own_instructions(report)
 
 
 @pytest.mark.slow

@@ -62,11 +62,13 @@ def test_multi_adapter_is_each_task_by_itself(ids):
         torch.testing.assert_close(y[i], alone[0], atol=1e-6, rtol=1e-5)  # auto may serve the two differently
 
 
-def test_compositions_compile_whatever_the_ids():
+# inductor's C++ takes seconds; that it takes registered ops as they are, test_registered.py and test_site.py show
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compositions_compile_whatever_the_ids(backend):
     torch._dynamo.reset()
     weights = stacks(3, 32, 8)
 
-    @torch.compile(fullgraph=True)
+    @torch.compile(fullgraph=True, backend=backend)
     def block(x, ids, index, count):
         y = ops.multi_adapter(x, *weights[:4], ids, norm_weight=weights[4])
         return ops.scatter_rows(y, ops.gather_rows(y, index, count) * 2, index, count)
