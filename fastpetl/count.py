@@ -208,6 +208,8 @@ def _das(parser, args) -> int:
     beyond = [i for i in args.skip if not 0 <= i < len(blocks(model))]
     if beyond:
         parser.error(f"--skip has {beyond[0]}, expected blocks 0 to {len(blocks(model)) - 1}")
+    if len(set(args.skip)) < len(args.skip):
+        parser.error(f"--skip is {' '.join(map(str, args.skip))}, expected each block once")
     plain = count(model, inputs)
     if not args.no_adapters:
         attach(model, DASConfig(bottleneck=args.bottleneck, skip_bottleneck=args.skip_bottleneck), patch=False)

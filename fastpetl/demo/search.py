@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import statistics
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from . import data, train
 from .model import Settings, build
 
+BLOCKS = 12  # of the demo's model
 VALIDATION = 512  # questions of the training split that nothing trains on
 VALIDATION_BATCH = 64
 
@@ -101,7 +103,9 @@ def compare(plan, n: int, settings: Settings, training) -> dict:
 
     test = data.load("test", "downstream", limit=settings.test_limit, assets=Path(settings.assets))
     generator = torch.Generator().manual_seed(settings.seed)
-    random = [SkipPlan(tuple(torch.randperm(12, generator=generator)[: len(plan.blocks)].tolist())) for _ in range(n)]
+    random = [
+        SkipPlan(tuple(torch.randperm(BLOCKS, generator=generator)[: len(plan.blocks)].tolist())) for _ in range(n)
+    ]
     plans = {"nothing skipped": None, "searched": plan} | {f"random {i + 1}": p for i, p in enumerate(random)}
     return {
         name: {
@@ -115,6 +119,15 @@ def compare(plan, n: int, settings: Settings, training) -> dict:
 def main(argv: list[str] | None = None) -> int:
     """Search, write plan.json and plan.png, and with --compare results.json."""
     args = parser().parse_args(argv)
+    for name, least, most in (("skip", 1, BLOCKS), ("turn", 1, None), ("candidates", 2, None), ("steps", 1, None)):
+        value = getattr(args, name)
+        if value < least or most is not None and value > most:
+            expected = f"{least} or more" if most is None else f"{least} to {most}"
+            parser().error(f"--{name} is {value}, expected {expected}")
+    if math.comb(BLOCKS, args.skip) < args.candidates:
+        parser().error(
+            f"--candidates is {args.candidates}, but there are only {math.comb(BLOCKS, args.skip)} sets of {args.skip}"
+        )
     data.offline()
     quick = {"batch": 8, "train_limit": 64, "test_limit": 32} if args.quick else {}
     steps = min(args.steps, 8) if args.quick else args.steps

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 
 from fastpetl.das import SearchedPlan
@@ -23,6 +24,21 @@ def test_search_runs_and_writes(tmp_path, capsys):
     assert list(runs) == ["nothing skipped", "searched", "random 1"]
     assert runs["searched"]["blocks"] == list(plan.blocks) and len(runs["random 1"]["blocks"]) == 3
     assert "M MACs of a sample saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--skip", "13"], "--skip is 13, expected 1 to 12"),
+        (["--skip", "12"], "--candidates is 3, but there are only 1 sets of 12"),
+        (["--turn", "0"], "--turn is 0, expected 1 or more"),
+        (["--candidates", "1"], "--candidates is 1, expected 2 or more"),
+    ],
+)
+def test_impossible_requests(argv, message, capsys):
+    with pytest.raises(SystemExit):
+        search.main(argv)
+    assert message in capsys.readouterr().err
 
 
 def test_validation_questions_are_held_out():
