@@ -46,7 +46,7 @@ class Setting:
         """`decided`, if `source`, the states the decoder is given, are of the batch it was decided for, beams or not;
         with a capacity, whose shapes and graphs know nothing of values, of whatever batch they are.
         """
-        if self.mark is None or source is None or torch.compiler.is_compiling() or self.values.capacity is not None:
+        if torch.compiler.is_compiling() or self.mark is None or source is None or self.values.capacity is not None:
             return self.decided
         beams, left = divmod(source.shape[0], self.mark.shape[0])
         mark = self.mark.to(source.device)
