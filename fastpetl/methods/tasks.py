@@ -31,7 +31,7 @@ class _Setting:
 
 def task(model: nn.Module, name) -> _Setting:
     """Semantics: from now on every call of `model` is for the task `name`; None takes the setting back. A list of names
-    is one task for each sample of the next batches: tasks mixed in one batch.
+    is one task for each sample of the next batches: tasks mixed in one batch, in one launch where the model is patched.
 
     As a context manager it restores on leaving what was set before. A call's own `task=` goes first. The task is read
     when a layer is called: its backward, recomputed activations included, is of the task of the forward.

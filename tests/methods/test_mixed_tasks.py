@@ -161,14 +161,27 @@ def test_adapters_of_different_widths():
     assert relative(model(**inputs(), task=MIXED).logits, plain(**inputs(), task=MIXED).logits) <= 1e-5
 
 
-def test_compiled():
-    model = tiny_adapters("vlbart", patch=True)
-    site = model.model.encoder.layers[0].ff_adapter
-    x = torch.randn(3, 5, 32)
-    compiled = torch.compile(site, backend="eager", fullgraph=True)
-    with fastpetl.task(model, MIXED):
-        got, want = compiled(x, tuple(MIXED)), site(x, tuple(MIXED))
-    assert relative(got, want) <= 1e-6
+@pytest.mark.parametrize("one_launch", [False, True])
+@pytest.mark.parametrize("name", ["half", "compacter", "hyperformer", "lora"])
+def test_compiled(name, one_launch, monkeypatch):
+    """one_launch: what a GPU's graph is made of."""
+    model = attached("vlbart", CASES[name][0]).eval()
+    layer, x = model.model.encoder.layers[0], torch.randn(3, 5, 32)
+    if one_launch:
+        for module in ("adapter_controller", "hyperformer", "lora"):
+            monkeypatch.setattr(f"fastpetl.nn.{module}.in_one_launch", lambda x: True)
+    torch._dynamo.reset()
+    compiled, found = torch.compile(layer, backend="aot_eager", fullgraph=True), []
+    for run in (layer, compiled):
+        model.zero_grad(set_to_none=True)
+        y = run(x, task=tuple(MIXED))
+        y.square().sum().backward()
+        found.append((y, {key: p.grad for key, p in model.named_parameters() if p.grad is not None}))
+    (want, grads), (got, ours) = found
+    assert relative(got, want) <= 1e-5 and grads.keys() == ours.keys()
+    scale = max(g.norm() for g in grads.values())
+    for key, grad in grads.items():
+        assert (ours[key] - grad).norm() <= 1e-4 * grad.norm() + 1e-6 * scale, key
 
 
 @pytest.mark.parametrize(("backbone", "name"), [

@@ -319,6 +319,7 @@ def test_cache_in_inference_mode_makes_normal_tensors():
     with torch.inference_mode():
         made = torch.randn(2, 2)
         cache.get("other", [made], lambda: made + 1)
+        cache.get("nothing to watch", [], lambda: made + 1)  # a DataParallel replica names no parameters
     assert len(cache) == 1
 
 
