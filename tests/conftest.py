@@ -10,6 +10,7 @@ import random
 SHARED = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1)) > 1
 if SHARED:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # in tests of threads too: who spins takes the other's core
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # in this process: a pool of its own imports torch again
 
 import torch  # noqa: E402
@@ -38,9 +39,12 @@ if os.environ.get("TRITON_INTERPRET") == "1" and all(map(importlib.util.find_spe
 
 
 def pytest_collection_finish():
-    """What importing and collecting made stays to the end: the garbage collector need not look at it each time."""
+    """What importing and collecting made stays to the end: the garbage collector need not look at it each time, nor as
+    often as it does by default, where a model is thousands of objects.
+    """
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 def pytest_unconfigure():

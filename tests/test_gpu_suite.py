@@ -27,13 +27,29 @@ def test_some_stages_without_a_gpu(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the suite itself")
+def test_the_stage_of_whole_models_but_compiled(monkeypatch, tmp_path):
+    """With too little time left for torch.compile, which takes longest."""
+    monkeypatch.syspath_prepend(str(SUITE.parent))
+    monkeypatch.setenv("FASTPETL_SUITE_OUT", str(tmp_path / "kept.json"))
+    import gpu_measure
+
+    rows = gpu_measure.model(39)
+    names = ["eager", "patched", "bare, patched", "skip a third, patched"]
+    assert [(row["variant"], row["status"]) for row in rows] == [
+        *((name, "ok") for name in names),
+        ("compile", "not run: out of time"),
+    ]
+    assert all(row["step_ms"] > 0 for row in rows[:4]) and json.loads((tmp_path / "kept.json").read_text()) == rows[:4]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the suite itself")
 def test_a_stage_out_of_time_is_a_line_not_the_end(tmp_path):
     done = suite(tmp_path, "--minutes", "0.01")
     assert done.returncode == 1 and "not run: out of time" in done.stdout
     assert len(list(tmp_path.glob("*.md"))) == 1
 
 
-@pytest.mark.slow  # the stages above stay: the driver, a process for each stage, both files
+@pytest.mark.slow  # those above stay: the driver, a process for each stage, both files, models
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the suite itself")
 def test_every_stage_without_a_gpu(tmp_path):
     done = suite(tmp_path)

@@ -209,12 +209,13 @@ def table_rows(kind, direction, r):
 
 
 def adapter_jobs(archs):
-    """DAS's bottlenecks at ViLT's width (96, 192; 288 is split), fp32, fp16, on sm_90: what every run of the suite
-    compiles. On the others the most used one, and on sm_80, which has the least shared memory, the widest.
+    """DAS's bottlenecks at ViLT's width (96, 192; 288 is split), fp32, fp16 (192), on sm_90: what every run of the
+    suite compiles. On the others the most used one, and on sm_80, which has the least shared memory, the widest.
     """
-    sizes = ("bf16", 96, 10**6), ("bf16", 192, 10**6), ("fp32", 96, 10**6), ("bf16", 96, 1000)
+    most, wide = ("bf16", 96, 10**6), ("bf16", 192, 10**6)
+    sizes = {80: (most, wide), 90: (most, ("fp32", 96, 10**6), ("bf16", 96, 1000)), 100: (most,)}
     for arch in archs:
-        for dtype, r, rows in sizes if arch == 90 else sizes[:2] if arch == 80 else sizes[:1]:
+        for dtype, r, rows in sizes[arch]:
             for direction in ("forward", "backward"):
                 yield dict(arch=arch, dtype=dtype, direction=direction, d=768, r=r, rows=rows)
     for direction in ("forward", "backward"):

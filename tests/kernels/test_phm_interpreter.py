@@ -30,7 +30,7 @@ def draw(calls, shared, dtype):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize("shared", (True, False))
+@pytest.mark.parametrize("shared", (True, pytest.param(False, marks=pytest.mark.slow)))  # ops/test_phm.py: False
 def test_launchers_against_float64(shared, dtype):
     rules, weights = draw(CALLS, shared, dtype)
     wide = [t.double() for t in rules], [t.double() for t in weights]

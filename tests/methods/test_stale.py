@@ -158,7 +158,12 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(("backbone", "name"), CASES)
+# Each method on one backbone, each backbone with a method that makes weights and one that merges them
+FAST = [case for case in CASES if case[0] == "vlbart" or case[1] in ("compacter", "lora", "hyperformer")]
+EVERY = [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES]
+
+
+@pytest.mark.parametrize(("backbone", "name"), EVERY)
 def test_never_stale(backbone, name):
     model = built(backbone, name)
     output(model, backbone)
