@@ -228,6 +228,11 @@ def test_every_quirk_is_described():
 def test_rewards_leave_the_run_as_it_was():
     """Scoring draws nothing from the run's generator and moves no weight: only the gates know."""
     with_rounds, without = Task(), Task()
+    made = Search(with_rounds.model, with_rounds.evaluate, n_skip=2, turn=1)
+    made.begin()
+    before = torch.get_rng_state()
+    assert made.end() and torch.equal(torch.get_rng_state(), before)  # though the evaluation draws, and seeds
+    made.finish()
     with_rounds.search()
     for i, plan in enumerate(with_rounds.seen):
         fastpetl.skip(without.model, plan)
