@@ -13,8 +13,10 @@ from pathlib import Path
 
 import torch
 
-from fastpetl.bench import variant as vm
-from fastpetl.bench.workloads import WORKLOADS
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from fastpetl.bench import variant as vm  # noqa: E402
+from fastpetl.bench.workloads import WORKLOADS  # noqa: E402
 
 
 def place(depth: int = 3) -> str:
