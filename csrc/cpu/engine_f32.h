@@ -157,15 +157,6 @@ struct EngineF32 {
                       Ahead* ahead = nullptr) {
     for (int64_t j = 0; j * NP < n; ++j) strip<MR, NV>(a, m, b + j * NP * pad_k(k), NP, k, c + j * panel, ldc, accumulate, ahead);
   }
-  // The same, each vector of C given to finish(row, column, lanes, sums) instead of stored; c: room for a row-major C
-  template <class Finish>
-  static void product_into(Left a, int64_t m, int64_t k, const Elem* b, int64_t n, float* c, int64_t ldc, Ahead* ahead, const Finish& finish) {
-    int64_t j = 0;
-    auto whole = [&](int64_t i, int v, vf s) FP_INLINED { finish(i, j + v * VL, (int64_t)VL, s); };
-    auto part = [&](int64_t i, int v, vf s) FP_INLINED { finish(i, j + v * VL, n - j - v * VL, s); };
-    for (; j + NP <= n; j += NP) strip<MR, NV>(a, m, b + j * pad_k(k), NP, k, c + j, ldc, false, ahead, whole);
-    if (j < n) strip<MR, NV>(a, m, b + j * pad_k(k), NP, k, c + j, ldc, false, ahead, part);
-  }
   static int64_t steps(int64_t m, int64_t k, int64_t n) { return m / MR * k * ((n + NP - 1) / NP); }  // of one product
 };
 

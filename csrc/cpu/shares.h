@@ -24,7 +24,8 @@ struct Shares {
     return p;
   }
 };
-// body(context, portion, the portion after it) on threads worth `grain` items each; start() makes a thread's context
+// body(context, portion) on threads worth `grain` items each; start() makes a thread's context. Or body(context, portion,
+// take), which takes the portion after it when it likes and returns it.
 template <class Start, class Body>
 static void portions(int64_t count, int64_t grain, int64_t least, int64_t most, const Start& start, const Body& body) {
   const int64_t worth = (count + grain - 1) / grain, threads = worth < fp_threads() ? worth : fp_threads();
