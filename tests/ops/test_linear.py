@@ -306,3 +306,19 @@ def test_off_the_cpu_torchs_own_linear_serves_and_errors_keep_their_words():
         ops.linear(x, (w,), norm=(gamma, None, 1e-5), activation="gelu")
     with pytest.raises(ValueError, match=r"linear: biases\[0\] has shape \(5,\), expected \(6,\) to match"):
         ops.linear(x, (w,), (torch.zeros(5, device="meta"),))
+
+
+@pytest.mark.parametrize("prologue", [None, "gelu"])
+def test_outputs_too_large_for_the_caches(prologue):
+    """They are written past them in whole vectors; the last panel of 64 columns has vectors that are not the row's."""
+    rows, wide, narrow = 50_000, 64, 8  # 12.8 MB
+    x, weights, biases, _ = arguments(rows, narrow, (wide,), None, True)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ops.linear(x, weights, biases, backend="cpp"), ops.linear_reference(x, weights, biases)
+        )
+    x, weights, _, options = arguments(rows, wide, (narrow,), prologue, False)
+    cotangent = torch.randn(rows, narrow)
+    (got,) = torch.autograd.grad(ops.linear(x, weights, backend="cpp", **options), x, cotangent)
+    (want,) = torch.autograd.grad(ops.linear_reference(x, weights, **options), x, cotangent)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
