@@ -13,7 +13,7 @@ from torch import nn
 
 from fastpetl.patching import registry
 from fastpetl.patching._probe import probe_reason
-from fastpetl.patching.registry import CopiedRule, Rule, class_key
+from fastpetl.patching.registry import ChildRule, CopiedRule, Rule, class_key
 from fastpetl.patching.report import Report, Row
 
 __all__ = ["Report", "Row", "patch", "report", "unpatch"]
@@ -110,12 +110,20 @@ def _matches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | CopiedRu
     a rule's target.
     """
     rules = registry.rules()
-    targets = {rule.target_class(): rule for rule in rules if isinstance(rule, Rule)}
+    about_children = [rule for rule in rules if isinstance(rule, ChildRule)]
+    targets = {rule.target_class(): rule for rule in rules if isinstance(rule, Rule) and rule not in about_children}
     targets.pop(None, None)  # of libraries nobody has imported
     copied = [rule for rule in rules if isinstance(rule, CopiedRule)]
+    children = {}  # id -> rule; owners come before their children
     for name, module in model.named_modules():
-        cls = type(module)
+        cls, child_rule = type(module), children.get(id(module))
+        children |= {id(child): rule for rule in about_children if (child := rule.child_of(module)) is not None}
         rule, _ = registry.patched_by(cls) or (targets.get(cls), cls)
+        if rule is None and child_rule is not None:
+            if cls is not child_rule.target_class():
+                yield name, module, child_rule, f"its class is {class_key(cls)}, expected {child_rule.target}"
+                continue
+            rule = child_rule
         if rule is not None:
             yield name, module, rule, _forward_reason(module) or rule.check(module) or probe_reason(rule, module)
             continue

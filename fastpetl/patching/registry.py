@@ -36,11 +36,25 @@ class Rule:
 
     def target_class(self) -> type | None:
         """The class, or None while nobody has imported its module (then no model has such a layer)."""
-        module, _, name = self.target.partition(":")
-        return getattr(sys.modules.get(module), "__dict__", {}).get(name)  # past a module that would import it now
+        return imported(self.target)
 
     def replacement_class(self, module: nn.Module) -> type:
         return load(self.replacement)
+
+
+@dataclass(frozen=True)
+class ChildRule(Rule):
+    """Semantics: a `Rule` for the children called `child` of modules of a class in `owners` ("module:Class"), or of one
+    derived from it: a target that is everywhere, such as nn.Linear, is only there what the replacement is about.
+    """
+
+    owners: tuple[str, ...] = ()
+    child: str = ""
+
+    def child_of(self, module: nn.Module) -> nn.Module | None:
+        """Semantics: the child of `module` that this rule is about, or None."""
+        owners = tuple(cls for cls in map(imported, self.owners) if cls is not None)
+        return module._modules.get(self.child) if isinstance(module, owners) else None
 
 
 @dataclass(frozen=True)
@@ -95,6 +109,12 @@ def patched_by(cls: type) -> tuple[Rule | CopiedRule, type] | None:
 
 def class_key(cls: type) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
+
+
+def imported(name: str) -> type | None:
+    """Semantics: the class called `module:name`, None while nobody has imported its module."""
+    module, _, name = name.partition(":")
+    return getattr(sys.modules.get(module), "__dict__", {}).get(name)  # past a module that would import it now
 
 
 def load(name: str) -> type:

@@ -20,8 +20,8 @@ from vl_tiny import (
 )
 
 FUSED = {
-    "vlbart": {"bart.attention", "bart.encoder_layer", "bart.decoder_layer"},
-    "vlt5": {"t5.attention", "t5.norm", "t5.feed_forward"},
+    "vlbart": {"bart.attention", "bart.encoder_layer", "bart.decoder_layer", "head"},
+    "vlt5": {"t5.attention", "t5.norm", "t5.feed_forward", "head"},
 }
 CASES = [(kind, method) for kind in KINDS for method in METHODS if (kind, method[-4:]) != ("vlt5", "lora")]
 

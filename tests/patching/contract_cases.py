@@ -74,7 +74,7 @@ def _seq2seq(name: str) -> Case:
 
     names = ("encoder_layer", "decoder_layer", "attention") if bart else ("attention", "norm", "feed_forward")
     block = ("model.decoder.layers.1", "fc1") if bart else ("decoder.block.1.layer.2.DenseReluDense", "wi")
-    kinds = _kinds("bart" if bart else "t5", *names) | ({"adapter_controller"} if ours else set())
+    kinds = _kinds("bart" if bart else "t5", *names) | {"head"} | ({"adapter_controller"} if ours else set())
     return Case(build, inputs, kinds, *block, maps=True)
 
 

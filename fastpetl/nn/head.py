@@ -1,0 +1,40 @@
+"""A language model's output projection, frozen with the word embedding it is tied to: as large as all of a decoder."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from fastpetl.nn.inline import call_reason, note_fallback, tensor_reason
+
+
+class FusedHead(nn.Linear):
+    """nn.Linear on this machine's fastest GEMM while it is frozen, else torch's own. Made by `fastpetl.patch`, never
+    constructed.
+    """
+
+    _fastpetl_backend = "auto"
+    _fastpetl_fallback = None
+
+    def forward(self, x):
+        weight, bias = self.weight, self.bias
+        if weight.requires_grad or bias is not None and bias.requires_grad:
+            return super().forward(x)  # `ops.linear` is about dx alone
+        reason = call_reason(self, {}, x) or self._tensors_reason(x)
+        if reason is not None:
+            note_fallback(self, reason)
+            return super().forward(x)
+        from fastpetl import ops
+        from fastpetl.backends import for_op
+
+        biases = None if bias is None else (bias,)
+        return ops.linear(x, (weight,), biases, backend=for_op("linear", self._fastpetl_backend))
+
+    def _tensors_reason(self, x) -> str | None:
+        for name in ("weight", "bias"):
+            reason = tensor_reason(getattr(self, name), x.dtype, x.device)
+            if reason is not None:
+                return f"{name} {reason}"
+        return None
+
+
+FusedHead.__name__ = "Linear"  # as the original's: accelerate and others match modules by class name
