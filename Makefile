@@ -26,7 +26,7 @@ endif
 # A file's tests stay together: they share what took long to make. In the order of the tree, whose last files are short.
 SHARED = $(shell $(PY) -c "import xdist; print('-n 2 --dist loadfile --no-loadscope-reorder')" 2>/dev/null)
 
-.PHONY: test test-slow demo build bench lint sanitize
+.PHONY: test test-slow demo build bench lint sanitize adapterhub
 test: build
 	$(PY) -m pytest -q tests -m "not slow" $(SHARED)
 
@@ -39,6 +39,10 @@ demo: build
 
 bench: build
 	$(PY) -m fastpetl bench vilt
+
+# what `python -m fastpetl bench adapterhub` compares with: AdapterHub's library and its older transformers, aside
+adapterhub: $(SETUP)
+	$(PY) -m pip install -q --disable-pip-version-check --no-deps --upgrade --target .adapterhub -r benchmarks/adapterhub-requirements.txt
 
 build: $(SETUP)
 	$(PY) setup.py -q build_ext --inplace

@@ -24,13 +24,14 @@ ROUNDS = {
     "ops": (15, 5),
     "skip": (9, 3),
     "tasks": (9, 3),
+    "adapterhub": (9, 3),
 }  # samples per variant: usually, and with --quick
 
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if args.batch and args.what not in plan.MODELS:
-        print(f"bench: --batch is for {' and '.join(plan.MODELS)}, not for {args.what}", file=sys.stderr)
+    if args.batch and args.what not in (*plan.MODELS, "adapterhub"):
+        print(f"bench: --batch is for {' and '.join(plan.MODELS)} and adapterhub, not for {args.what}", file=sys.stderr)
         return 2
     if args.batch < 0:
         print(f"bench: --batch is {args.batch}, expected a positive number", file=sys.stderr)
@@ -39,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     jobs = [{"kind": "time", "dtype": "fp32" if args.what in ("skip", "tasks") else "all"}]
     if args.what in plan.MODELS:
         jobs = plan.model_jobs(plan.MODELS[args.what], only, args.losses)
+    elif args.what == "adapterhub":
+        models = [model for model in plan.HUB_MODELS if plan.hub_modes(only, model)]
+        jobs = [{"kind": "time", "model": model, "dtype": "fp32"} for model in models]
     if not jobs:
         print(f"bench: --only {args.only} matches nothing, expected a part of e.g. fp32/train/patched", file=sys.stderr)
         return 2
@@ -77,7 +81,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(ROUNDS),
         help="vilt: ViLT with DAS adapters; models: METER, VL-BART and VL-T5 with adapters; methods: "
         "VL-BART with adapters, Compacter, Hyperformer and LoRA; ops: the kernel "
-        "family, op by op; skip: MACs skipped against time saved; tasks: decoding with each method, tasks mixed",
+        "family, op by op; skip: MACs skipped against time saved; tasks: decoding with each method, tasks mixed; "
+        "adapterhub: AdapterHub's adapters and ours on the same T5 and BART",
     )
     parser.add_argument("--quick", action="store_true", help="few samples")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
@@ -89,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "ops fp32/adapter/r96/forward/cpp, skip train/static or scoring, tasks decode/lora or train/mixed",
     )
     parser.add_argument(
-        "--batch", type=int, default=0, metavar="N", help="vilt, models, methods: samples a batch (no bars)"
+        "--batch", type=int, default=0, metavar="N", help="vilt, models, methods, adapterhub: samples a batch (no bars)"
     )
     parser.add_argument("--losses", action="store_true", help="vilt: compare 50 training losses as well (minutes)")
     parser.add_argument("--default-malloc", action="store_true", help="leave glibc's malloc as it is")

@@ -59,10 +59,13 @@ def keep_pages() -> bool:
 
 
 class Load:
-    """CPU time that others took between two moments: everything /proc/stat counts as busy, less our own."""
+    """CPU time that others took between two moments: everything /proc/stat counts as busy, less our own and that of
+    the process `helper`, which works for us.
+    """
 
-    def __init__(self):
+    def __init__(self, helper: int | None = None):
         self.known = Path("/proc/stat").exists()
+        self._helper = helper
         self._ticks = os.sysconf("SC_CLK_TCK") if self.known else 1
         self.start()
 
@@ -71,7 +74,14 @@ class Load:
             return 0.0
         with open("/proc/stat") as stat:
             user, nice, system, _, _, irq, softirq, steal = map(int, stat.readline().split()[1:9])
-        return (user + nice + system + irq + softirq + steal) / self._ticks - time.process_time()
+        busy = (user + nice + system + irq + softirq + steal) / self._ticks - time.process_time()
+        return busy if self._helper is None else busy - self._used(self._helper)
+
+    def _used(self, process: int) -> float:
+        with contextlib.suppress(OSError):  # it has ended
+            after_name = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            return (int(after_name[11]) + int(after_name[12])) / self._ticks
+        return 0.0
 
     def start(self) -> None:
         self._at, self._wall = self._busy(), time.perf_counter()

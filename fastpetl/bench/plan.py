@@ -11,6 +11,8 @@ MODELS = {  # the workloads of each command
 }
 VARIANTS = ("eager", "compile", "routed", "patched")
 MEMORY_VARIANTS = ("eager", "patched")
+HUB_MODELS = ("t5", "bart")  # of `bench adapterhub`
+HUB_VARIANTS = ("eager", "patched", "adapterhub", "bare", "bare_there")
 LOSSES = "vilt"  # the model whose losses --losses compares
 
 
@@ -28,6 +30,11 @@ def model_variants(only: tuple[str, ...], model: str, dtype: str, mode: str) -> 
     """Semantics: the variants of a model's benchmark to be timed. Routing concerns fp32 alone."""
     names = [name for name in VARIANTS if wants(only, model, dtype, mode, name)]
     return with_eager([name for name in names if dtype == "fp32" or name != "routed"])
+
+
+def hub_modes(only: tuple[str, ...], model: str) -> list[str]:
+    """Semantics: the modes to be timed of a model of `bench adapterhub`, always in all variants."""
+    return [mode for mode in MODES if any(wants(only, model, "fp32", mode, name) for name in HUB_VARIANTS)]
 
 
 def model_jobs(models: tuple[str, ...], only: tuple[str, ...], losses: bool) -> list[dict]:

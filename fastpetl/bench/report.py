@@ -46,22 +46,23 @@ def bar(ratio: dict | None) -> str:
 
 
 def models(result: dict) -> str:
-    """Semantics: times, ratios, checks and memory of `bench vilt`."""
+    """Semantics: times, ratios, checks and memory of `bench vilt`, and of `bench adapterhub` what the other side is."""
     rows, base = [], {}
     for row in result["rows"]:
         if row["status"] == "ok":
             base[row["model"], row["dtype"], row["mode"], row["variant"]] = row["ms"]
+    baselines = ("eager", "adapterhub") if result["bench"] == "adapterhub" else ("eager", "compile", "routed")
     for row in result["rows"]:
         head = [row["model"], row["dtype"], row["mode"], row["variant"]]
         if row["status"] != "ok":
-            rows.append([*head, "-", "-", "-", "-", "-", f"not available: {row['status']}"])
+            rows.append([*head, "-", "-", *("-" for _ in baselines), f"not available: {row['status']}"])
             continue
-        over = [base.get((*head[:3], name)) for name in ("eager", "compile", "routed")]
+        over = [base.get((*head[:3], name)) for name in baselines]
         over = ["-" if ms is None else f"{ms / row['ms']:.2f}" for ms in over]
         note = f"{len(row['samples'])} samples, {row['thrown_away']} thrown away"
         rows.append([*head, milliseconds(row), f"{100 * row['spread']:.0f} %", *over, note])
-    columns = ["model", "dtype", "mode", "variant", "ms", "spread", "eager/x", "compile/x", "routed/x", "note"]
-    parts = [table(columns, rows)] if rows else []
+    columns = ["model", "dtype", "mode", "variant", "ms", "spread", *(f"{name}/x" for name in baselines), "note"]
+    parts = [*_there(result), table(columns, rows)] if rows else []
     if result["ratios"]:
         lines = [[r["model"], r["dtype"], r["mode"], r["against"], bar(r)] for r in result["ratios"]]
         parts.append(table(["model", "dtype", "mode", "patched against", "ratio of medians"], lines))
@@ -84,6 +85,17 @@ def models(result: dict) -> str:
         parts.append(table(["model", "dtype", "mode", "variant", "checked before timing", "error", "allowed"], lines))
     parts += _memory(result) + _losses(result) + _chosen(result)
     return "\n\n".join(parts)
+
+
+def _there(result: dict) -> list[str]:
+    found = result.get("adapterhub")
+    if not found:
+        return []
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    return [
+        f"adapterhub, bare_there: in a process with {versions}; {found['pinned']}; asking it takes "
+        f"{found['round_trip_ms']:.2f} ms"
+    ]
 
 
 def _mib(value: float | None) -> str:

@@ -59,12 +59,14 @@ def interleave(
     warmups: int = 1,
     patience: float = 120.0,
     progress: Callable[[str], None] = lambda what: None,
+    helper: int | None = None,
 ) -> dict[str, Timing]:
     """Semantics: `rounds` samples of each call, taken in turns; before, `warmups` calls and one to see how long.
 
     A sample is as many calls as fill `sample_seconds`. One during which other processes used more than `FOREIGN` CPUs
     is thrown away and redone, up to twice, after a wait for quiet; all waits together end after `patience` seconds, and
-    then nothing is redone. `progress` is told of every step.
+    then nothing is redone. `progress` is told of every step. `helper`: the process in which some of the calls do
+    their work.
     """
     repeats = {}
     for name, call in calls.items():
@@ -75,7 +77,7 @@ def interleave(
         call()
         repeats[name] = max(1, int(sample_seconds / max(time.perf_counter() - start, 1e-6)))
     found = {name: Timing(wanted=rounds) for name in calls}
-    load = Load()
+    load = Load(helper)
     gc.collect()
     gc.disable()
     try:

@@ -55,19 +55,19 @@ def _plan(job: dict):
 
 
 def _steps(job: dict) -> int:
-    from . import models, ops, skip, tasks
+    from . import adapterhub, models, ops, skip, tasks
 
     if job["kind"] == "memory":
         return 1
     if job["kind"] == "losses":
         return 2 * LOSS_STEPS
     plan = _plan(job)
-    own = {"ops": ops.steps, "skip": skip.steps, "tasks": tasks.steps}.get(job["what"])
+    own = {"ops": ops.steps, "skip": skip.steps, "tasks": tasks.steps, "adapterhub": adapterhub.steps}.get(job["what"])
     return 1 + (models.steps(plan, job["dtype"]) if own is None else own(plan))
 
 
 def _measure(job: dict, progress) -> dict:
-    from . import machine, models, ops, skip, tasks, variant
+    from . import adapterhub, machine, models, ops, skip, tasks, variant
 
     plan = _plan(job)
     if job["kind"] == "memory":
@@ -85,6 +85,9 @@ def _measure(job: dict, progress) -> dict:
         found = skip.measure(plan, progress)
     elif job["what"] == "tasks":
         found = tasks.measure(plan, progress)
+    elif job["what"] == "adapterhub":
+        found = adapterhub.measure(plan, job["malloc"].startswith("keeps"), progress)
+        found["ratios"] = models.ratios(found["rows"], bars=not job["batch"])
     else:
         found = models.measure(plan, job["dtype"], progress)
         found["ratios"] = models.ratios(found["rows"], bars=not job["batch"])

@@ -13,10 +13,10 @@ from torch import nn
 class Workload:
     """One model and its batches.
 
-    build(tiny): the attached, unpatched fp32 model in eval mode. batch(model, tiny, dtype, seed, batch): the arguments
-    of a training forward, which returns an object with `loss` and `logits`. for_inference: what of them inference gets.
-    compile: compiles what of the model compiles without graph breaks. bars: (dtype, mode, against) -> the ratio that
-    `patched` must reach.
+    build(tiny): the attached, unpatched fp32 model in eval mode (of BACKBONES: nothing attached yet).
+    batch(model, tiny, dtype, seed, batch): the arguments of a training forward, which returns an object with `loss` and
+    `logits`. for_inference: what of them inference gets. compile: compiles what of the model compiles without graph
+    breaks. bars: (dtype, mode, against) -> the ratio that `patched` must reach.
     """
 
     name: str
@@ -164,6 +164,64 @@ def _seq2seq_workload(kind: str, title: str, method: str = "adapter", bar: float
 VLBART = _seq2seq_workload("vlbart", "VL-BART")
 VLT5 = _seq2seq_workload("vlt5", "VL-T5")
 
+# --- T5 and BART, on which AdapterHub is measured beside us -----------------------------------------------------------
+
+_T5 = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+_TINY_T5 = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+
+
+def _bart_sizes(width: int, layers: int, heads: int, **other) -> dict:
+    sides = ("encoder", "decoder")
+    layers = {f"{side}_layers": layers for side in sides} | {f"{side}_attention_heads": heads for side in sides}
+    return {"d_model": width, **layers, **{f"{side}_ffn_dim": 4 * width for side in sides}, **other}
+
+
+def _backbone(kind: str, tiny: bool) -> nn.Module:
+    """Hugging Face's own, nothing attached, without dropout: what both sides can build, each with its transformers."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    if kind == "t5":
+        config = hf.T5Config(
+            **(_TINY_T5 if tiny else _T5), **{"dropout_rate": 0.0, "initializer_factor": 0.1, "use_cache": False}
+        )
+        config.decoder_start_token_id = 0
+        model = hf.T5ForConditionalGeneration(config)
+    else:
+        sizes = _bart_sizes(32, 2, 4, vocab_size=100) if tiny else _bart_sizes(768, 6, 12)
+        model = hf.BartForConditionalGeneration(hf.BartConfig(**sizes, dropout=0.0, use_cache=False))
+    return spread(model, ("q_proj.weight", "k_proj.weight", "Attention.q.weight", "Attention.k.weight"))
+
+
+def _text_batch(model, tiny: bool, dtype: torch.dtype, seed: int = 1, batch: int | None = None) -> dict:
+    """As many tokens as VL-T5's and VL-BART's text and image are, all of them text."""
+    batch, length = (batch or 2, 14) if tiny else (batch or 16, 56)
+    generator, vocab = torch.Generator().manual_seed(seed), model.config.vocab_size
+    return {
+        "input_ids": torch.randint(3, vocab - 10, (batch, length), generator=generator),
+        "attention_mask": torch.ones(batch, length, dtype=torch.long),
+        "labels": torch.randint(3, vocab - 10, (batch, 5), generator=generator),
+    }
+
+
+def norms_alone(model: nn.Module) -> nn.Module:
+    """Semantics: the model, of which only the norms train: no matrix gets a gradient, as with adapters."""
+    for name, p in model.named_parameters():
+        p.requires_grad_("norm" in name)
+    return model
+
+
+BACKBONES = [
+    Workload(
+        name=kind,
+        title=f"{title}-base, adapters r=96 at every sublayer, batch 16, 56 tokens, answer of 5",
+        build=lambda tiny, kind=kind: _backbone(kind, tiny),
+        batch=_text_batch,
+        bars={("fp32", mode, "adapterhub"): 1.0 for mode in ("inference", "train")},
+    )
+    for kind, title in (("t5", "T5"), ("bart", "BART"))
+]
+
 # --- METER ------------------------------------------------------------------------------------------------------------
 
 _TINY_METER = {
@@ -215,4 +273,4 @@ METER = Workload(
 _METHODS = (("compacter", 1.8), ("hyperformer", 1.8), ("lora", 1.7))
 BY_METHOD = [_seq2seq_workload("vlbart", "VL-BART", method, bar) for method, bar in _METHODS]
 
-WORKLOADS = {work.name: work for work in (VILT, VLBART, VLT5, METER, *BY_METHOD)}
+WORKLOADS = {work.name: work for work in (VILT, VLBART, VLT5, METER, *BY_METHOD, *BACKBONES)}
