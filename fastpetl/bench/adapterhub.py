@@ -7,6 +7,7 @@ the two transformers differ by, each side also has the bare backbone, of which t
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -51,7 +52,8 @@ class Helper:
         return self
 
     def __exit__(self, *_):
-        self._process.stdin.close()  # its loop ends
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
+            self._process.stdin.close()  # its loop ends
         self._process.stdout.close()
         try:
             self._process.wait(30)

@@ -7,11 +7,11 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import save_file
-from torch import nn
 
 import fastpetl
 import hf_tiny
 import vilt_tiny
+from adapterhub_parts import Theirs, places
 from vilt_tiny import everything, one_thread, randomize, relative  # noqa: F401
 from vl_tiny import SIZES
 
@@ -62,54 +62,13 @@ def run(model):
     return out.logits if hasattr(out, "logits") else out.last_hidden_state
 
 
-def places(kind, model, cross):
-    """{place in the format: the module of the backbone whose output its adapter reads}"""
-    found = {}
-    for name, module in model.named_modules():
-        if kind in ("bert", "roberta"):
-            if name.endswith(("attention.output.dense", "output.dense")) and ".layer." in name:
-                found[name.removesuffix(".dense") + ".adapters"] = module
-        elif kind == "t5":
-            if name.endswith(("SelfAttention", "DenseReluDense")) or (cross and name.endswith("EncDecAttention")):
-                found[name.rpartition(".")[0] + ".adapters"] = module
-        elif name.endswith((".self_attn", ".fc2")) or (cross and name.endswith(".encoder_attn")):
-            layer, _, last = name.rpartition(".")
-            at = {"self_attn": "attention", "fc2": "output", "encoder_attn": "cross_attention"}[last]
-            prefix = {"clip text": "text_model.", "clip vision": "vision_model."}.get(kind, "")
-            found[f"{prefix}{layer.removesuffix('.mlp')}.{at}_adapters.adapters"] = module
-    return found
-
-
-class Theirs(nn.Module):
-    """One adapter of the format: its parameters' names are the files'."""
-
-    def __init__(self, settings):
-        super().__init__()
-        norm = [nn.LayerNorm(HIDDEN)] if settings["ln_before"] else []
-        if norm:
-            self.adapter_norm_before = norm[0]
-        self.adapter_down = nn.Sequential(*norm, nn.Linear(HIDDEN, BOTTLENECK))
-        self.adapter_up = nn.Linear(BOTTLENECK, HIDDEN)
-        if settings["ln_after"]:
-            self.adapter_norm_after = nn.LayerNorm(HIDDEN)
-        size = {"learned": 1, "channel": HIDDEN}.get(settings["scaling"])
-        self.scaling = nn.Parameter(torch.ones(size)) if size else settings["scaling"]
-        self.act = {
-            **{"swish": nn.SiLU(), "relu": nn.ReLU(), "gelu": nn.GELU(), "gelu_new": nn.GELU(approximate="tanh")}
-        }[settings["non_linearity"]]
-
-    def forward(self, f):
-        u = self.adapter_up(self.act(self.adapter_down(f))) * self.scaling
-        return f + (self.adapter_norm_after(u) if hasattr(self, "adapter_norm_after") else u)
-
-
 def saved(kind, directory, safe=True, **changes):
     """(a folder in the format, what a backbone with it computes)"""
     settings, model = {**HOULSBY, **changes}, build(kind)
     torch.manual_seed(9)
     files = {}
     for place, module in places(kind, model, settings["cross_adapter"]).items():
-        adapter = Theirs(settings).requires_grad_(False)
+        adapter = Theirs(HIDDEN, BOTTLENECK, settings).requires_grad_(False)
         for p in adapter.parameters():
             p.add_(torch.randn_like(p) * 0.3)
         files |= {f"{place}.mine.{name}": value.clone() for name, value in adapter.state_dict().items()}
