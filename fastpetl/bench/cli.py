@@ -30,8 +30,9 @@ ROUNDS = {
 
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if args.batch and args.what not in (*plan.MODELS, "adapterhub"):
-        print(f"bench: --batch is for {' and '.join(plan.MODELS)} and adapterhub, not for {args.what}", file=sys.stderr)
+    batched = (*plan.MODELS, "adapterhub")
+    if args.batch and args.what not in batched:
+        print(f"bench: --batch is for {' and '.join(batched)}, not for {args.what}", file=sys.stderr)
         return 2
     if args.batch < 0:
         print(f"bench: --batch is {args.batch}, expected a positive number", file=sys.stderr)
@@ -58,9 +59,9 @@ def main(argv: list[str] | None = None) -> int:
     parts, refused = [], []
     for job in jobs:  # what one model refuses is no reason to throw another's hour away
         part = _run({**common, **job})
-        (refused if "refused" in part else parts).append(part)
-        if "refused" in part:
+        if "refused" in part and part not in refused:
             print(part["refused"], file=sys.stderr)
+        (refused if "refused" in part else parts).append(part)
     if not parts:
         return 1
     result = _merge(common, parts)
