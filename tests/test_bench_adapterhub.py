@@ -68,12 +68,18 @@ def test_schema_and_both_backbones(tmp_path, capsys, monkeypatch):
             helpers.append(helper)
             super().__init__(helper)
 
+    made, original = [], adapterhub._variants
     monkeypatch.setattr(timing, "Load", Load)
+    monkeypatch.setattr(adapterhub, "_variants", lambda *a: made.append(original(*a)) or made[-1])
     found = run(tmp_path / "bench.json", "--only", "t5/fp32/inference,bart/fp32/train/patched")
     check(found, [("t5", "inference"), ("bart", "train")])
     assert set(found["adapterhub"]) == {"versions", "pinned", "round_trip_ms"}
     assert found["adapterhub"]["versions"]["adapters"] == "stand-in"
     assert helpers and None not in helpers  # the other process's work is not another's load
+    for variants in made:  # at two sublayers of each encoder block, three of each decoder block
+        trained = [p for p in variants["patched"].model.parameters() if p.requires_grad]
+        assert sorted(tuple(p.shape) for p in trained) == sorted([(4, 32), (4,), (32, 4), (32,)] * (2 * 2 + 2 * 3))
+        assert all(r.status == "patched" for r in fastpetl.report(variants["patched"].model))
     printed = capsys.readouterr().out
     for word in ("adapterhub/x", "bare_there: in a process with adapters stand-in, transformers", "(>= 1.0: "):
         assert word in printed
