@@ -58,6 +58,7 @@ class Side:
                 backbone.save_adapter(str(self._folder / ADAPTER), NAME)
             self._variants[name] = Variant(name, work, backbone, given)
         gc.collect()
+        gc.freeze()  # what is there by now stays; `collect` need not look at it
         gc.disable()  # as it is for the calls timed on the other side; `collect` is asked for between them
         versions = {module.__name__: module.__version__ for module in (adapters, transformers, torch)}
         return {"versions": versions}
