@@ -111,7 +111,7 @@ def _matches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Rule | CopiedRu
     """
     rules = registry.rules()
     about_children = [rule for rule in rules if isinstance(rule, ChildRule)]
-    targets = {rule.target_class(): rule for rule in rules if isinstance(rule, Rule) and rule not in about_children}
+    targets = {rule.target_class(): rule for rule in rules if type(rule) is Rule}
     targets.pop(None, None)  # of libraries nobody has imported
     copied = [rule for rule in rules if isinstance(rule, CopiedRule)]
     children = {}  # id -> rule; owners come before their children
