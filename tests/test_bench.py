@@ -263,19 +263,56 @@ def test_environment_pins_and_caps():
     assert env["OMP_NUM_THREADS"] == "2" and env["ONEDNN_MAX_CPU_ISA"] == "AVX512_CORE"
 
 
-def test_skip_writes_what_became_of_the_macs(tmp_path, capsys, in_this_process):
-    file = tmp_path / "skip.json"
-    assert fastpetl.bench.main(["skip", "--tiny", "--quick", "--only", "inference,scoring", "--json", str(file)]) == 0
+SKIPPED = {  # model -> settings of the static plan's own mode, settings with a ratio
+    "vilt": (["static", "masks", "keep-all masks"], ["static", "masks", "keep-all masks"]),
+    "meter": (["static", "no adapters"], ["static", "no adapters"]),
+}
+
+
+@pytest.mark.parametrize("model", SKIPPED)
+def test_skip_writes_what_became_of_the_macs(model, tmp_path, capsys, in_this_process):
+    file, settings = tmp_path / "skip.json", ["nothing skipped", *SKIPPED[model][0]]
+    only = f"{model}/inference,{model}/scoring"
+    assert fastpetl.bench.main(["skip", "--tiny", "--quick", "--only", only, "--json", str(file)]) == 0
     found, printed = json.loads(file.read_text()), capsys.readouterr().out
-    assert [(r["mode"], r["variant"]) for r in found["rows"]] == [
-        *[("inference", name) for name in ("nothing skipped", "static", "masks", "keep-all masks")],
-        *[("scoring", name) for name in ("three passes", "one pass")],
+    assert [(r["model"], r["mode"], r["variant"]) for r in found["rows"]] == [
+        *[(model, "inference", name) for name in settings],
+        *[(model, "scoring", name) for name in ("three passes", "one pass")],
     ]
     assert all(set(row) == ROW for row in found["rows"])
-    assert [r["setting"] for r in found["ratios"]] == ["static", "masks", "keep-all masks", "one pass"]
+    assert [r["setting"] for r in found["ratios"]] == [*SKIPPED[model][1], "one pass"]
+    compared = [name for name in settings if name != "no adapters"]
+    assert [(c["setting"], c["what"], c["met"]) for c in found["checks"]] == [(n, "logits", True) for n in compared]
     assert "of the MACs" in printed and "one pass over three" in printed
-    assert skip.Plan(only=("train/static",)).settings("train") == ["nothing skipped", "static"]
-    assert skip.Plan(only=("train/static",)).settings("inference") == skip.Plan(only=("train",)).passes() == []
+
+
+def test_skip_runs_what_was_asked_for():
+    asked = skip.Plan(only=("train/static",))
+    assert asked.settings("train") == ["nothing skipped", "static"]
+    assert asked.settings("inference") == asked.passes() == []
+    assert skip.Plan("meter").settings("train") == ["nothing skipped", "static"]
+    assert skip.Plan("meter", only=("no adapters",)).settings("inference") == [
+        *["nothing skipped", "static", "no adapters"]  # the last says something of the second
+    ]
+    models = [[job["model"] for job in plan.skip_jobs(only)] for only in ((), ("meter",), ("masks",), ("x",))]
+    assert models == [["vilt", "meter"], ["meter"], ["vilt"], []]
+
+
+def test_skip_counts_meters_plan_as_the_paper_does():
+    """2 text and 2 image layers: -11.97 % by fvcore's convention, at full size, without memory or arithmetic."""
+    case = skip.CASES["meter"]
+    model, inputs = fastpetl.count._meter(384, 384, 40)
+    plain = getattr(fastpetl.count(model, inputs), case.convention)
+    fastpetl.attach(model, fastpetl.DASConfig(), patch=False)
+    fastpetl.skip(model, fastpetl.SkipPlan(case.plan))
+    assert round(100 * (getattr(fastpetl.count(model, inputs), case.convention) / plain - 1), 2) == -11.97
+
+
+def test_skip_refuses_a_patched_model_that_computes_something_else(monkeypatch):
+    right = fastpetl.ops.linear
+    monkeypatch.setattr(fastpetl.ops, "linear", lambda *a, **k: 1.1 * right(*a, **k))
+    with pytest.raises(timing.Refused, match=r"nothing was timed \(meter, nothing skipped\)"):
+        skip.measure(skip.Plan("meter", tiny=True, only=("meter/train",), rounds=1, patience=0.0))
 
 
 def test_skip_refuses_one_pass_that_is_not_three(monkeypatch):

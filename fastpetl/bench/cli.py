@@ -38,14 +38,17 @@ def main(argv: list[str] | None = None) -> int:
         print(f"bench: --batch is {args.batch}, expected a positive number", file=sys.stderr)
         return 2
     only = tuple(part for part in args.only.split(",") if part)
-    jobs = [{"kind": "time", "dtype": "fp32" if args.what in ("skip", "tasks") else "all"}]
-    if args.what in plan.MODELS:
+    jobs = [{"kind": "time", "dtype": "fp32" if args.what == "tasks" else "all"}]
+    if args.what == "skip":
+        jobs = plan.skip_jobs(only)
+    elif args.what in plan.MODELS:
         jobs = plan.model_jobs(plan.MODELS[args.what], only, args.losses)
     elif args.what == "adapterhub":
         models = [model for model in plan.HUB_MODELS if plan.hub_modes(only, model)]
         jobs = [{"kind": "time", "model": model, "dtype": "fp32"} for model in models]
     if not jobs:
-        print(f"bench: --only {args.only} matches nothing, expected a part of e.g. fp32/train/patched", file=sys.stderr)
+        example = "meter/train/static" if args.what == "skip" else "fp32/train/patched"
+        print(f"bench: --only {args.only} matches nothing, expected a part of e.g. {example}", file=sys.stderr)
         return 2
     common = {
         "what": args.what,
@@ -82,8 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=sorted(ROUNDS),
         help="vilt: ViLT with DAS adapters; models: METER, VL-BART and VL-T5 with adapters; methods: "
         "VL-BART with adapters, Compacter, Hyperformer and LoRA; ops: the kernel "
-        "family, op by op; skip: MACs skipped against time saved; tasks: decoding with each method, tasks mixed; "
-        "adapterhub: AdapterHub's adapters and ours on the same T5 and BART",
+        "family, op by op; skip: MACs skipped against time saved, of ViLT and METER; tasks: decoding with each method, "
+        "tasks mixed; adapterhub: AdapterHub's adapters and ours on the same T5 and BART",
     )
     parser.add_argument("--quick", action="store_true", help="few samples")
     parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
@@ -92,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         default="",
         metavar="PART[,PART]",
         help="run what contains a PART: vilt fp32/train/patched or bf16/memory/eager, models vlbart/fp32, "
-        "ops fp32/adapter/r96/forward/cpp, skip train/static or scoring, tasks decode/lora or train/mixed",
+        "ops fp32/adapter/r96/forward/cpp, skip meter/train/static or vilt/scoring, tasks decode/lora or train/mixed",
     )
     parser.add_argument(
         "--batch", type=int, default=0, metavar="N", help="vilt, models, methods, adapterhub: samples a batch (no bars)"

@@ -9,6 +9,11 @@ MODELS = {  # the workloads of each command
     "models": ("meter", "vlbart", "vlt5"),
     "methods": ("vlbart", "vlbart_compacter", "vlbart_hyperformer", "vlbart_lora"),
 }
+SKIP = {  # the models of `bench skip`: (settings beside "nothing skipped", by mode)
+    "vilt": {mode: ("static", "masks", "keep-all masks") for mode in MODES},
+    # METER's own headline is against the model without adapters; trained, that would be another model
+    "meter": {"inference": ("static", "no adapters"), "train": ("static",)},
+}
 VARIANTS = ("eager", "compile", "routed", "patched")
 MEMORY_VARIANTS = ("eager", "patched")
 HUB_MODELS = ("t5", "bart")  # of `bench adapterhub`
@@ -48,3 +53,22 @@ def model_jobs(models: tuple[str, ...], only: tuple[str, ...], losses: bool) -> 
             names = [name for name in MEMORY_VARIANTS if wants(only, model, dtype, "memory", name)]
             jobs += [{"kind": "memory", "model": model, "dtype": dtype, "variant": name} for name in names]
     return [*jobs, {"kind": "losses", "model": LOSSES, "dtype": "fp32"}] if losses else jobs
+
+
+def skip_settings(only: tuple[str, ...], model: str, mode: str) -> list[str]:
+    """Semantics: the settings of `bench skip` to be timed, "nothing skipped", the base of all, first among them."""
+    names = [name for name in SKIP[model][mode] if wants(only, model, mode, name)]
+    if names == ["no adapters"]:  # against which the plan is held
+        names = ["static", *names]
+    return ["nothing skipped", *names] if names else []
+
+
+def skip_passes(only: tuple[str, ...], model: str) -> list[str]:
+    """Semantics: the two ways to score candidates, if they are to be timed."""
+    return ["three passes", "one pass"] if wants(only, model, "scoring", "one pass") else []
+
+
+def skip_jobs(only: tuple[str, ...]) -> list[dict]:
+    """Semantics: the processes `bench skip` consists of."""
+    wanted = [m for m in SKIP if skip_passes(only, m) or any(skip_settings(only, m, mode) for mode in MODES)]
+    return [{"kind": "time", "model": model, "dtype": "fp32"} for model in wanted]

@@ -48,7 +48,7 @@ def _plan(job: dict):
     if job["what"] == "ops":
         return ops.Plan(cases.TINY if job["tiny"] else cases.Size(), **common)
     if job["what"] == "skip":
-        return skip.Plan(tiny=job["tiny"], **common)
+        return skip.Plan(job["model"], job["tiny"], **common)
     if job["what"] == "tasks":
         return tasks.Plan(tiny=job["tiny"], **common)
     return models.Plan(workloads.WORKLOADS[job["model"]], job["tiny"], job["batch"], **common)
