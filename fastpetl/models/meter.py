@@ -6,6 +6,8 @@ Source: zdou0830/METER, meter/modules/{meter_module,clip_model,bert_model,heads,
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -159,6 +161,9 @@ class MeterModel(MeterPreTrainedModel):
         skip, shortcut = self._fastpetl_skip
         if skip is not None and not isinstance(skip, tuple):
             return self._fuse_per_sample(x, y, mask, skip, shortcut, hidden)
+        from fastpetl.skip.compaction import call
+
+        run = functools.partial(call, batch=None if skip is None else len(x))
         hidden = [] if hidden is None else hidden
         hidden.append((x, y))
         n = self.config.num_hidden_layers
@@ -167,9 +172,9 @@ class MeterModel(MeterPreTrainedModel):
             for k, (stream, other, masks) in enumerate(((x, y, (mask, None)), (y, x, (None, mask)))):
                 weights = None
                 if not (skip and skip[k * n + i]):
-                    stream, *weights = self._layers(k)[i](stream, other, *masks)
+                    stream, *weights = run(self._layers(k)[i], stream, other, *masks)
                 elif shortcut == "adapter":
-                    stream = self._shortcuts(k)[i](stream)
+                    stream = run(self._shortcuts(k)[i], stream)
                 new.append(stream)
                 seen.append(None if weights is None else tuple(weights))
             x, y = new
@@ -179,7 +184,7 @@ class MeterModel(MeterPreTrainedModel):
         return x, y
 
     def _fuse_per_sample(self, x, y, mask, policy, shortcut, hidden):
-        from fastpetl.skip.compaction import streams
+        from fastpetl.skip.compaction import call, streams
 
         n = self.config.num_hidden_layers
         pair, mask = streams((x, y), policy, 2 * n, self.training, mask)
@@ -191,7 +196,7 @@ class MeterModel(MeterPreTrainedModel):
                 layer = self._layers(k)[i]
 
                 def block(rows, take, layer=layer, other=other, masks=masks):
-                    return layer(rows, take(other), *map(take, masks))[0]
+                    return call(layer, rows, take(other), *map(take, masks))[0]
 
                 adapter = self._shortcuts(k)[i] if shortcut == "adapter" else nn.Identity()
                 pair[k].run(i, block, adapter, layer.parameters(), adapter.parameters())

@@ -142,7 +142,7 @@ class _Turns:
             return self._run_per_sample(i, layer, x, args, kwargs)
         if self.setting.values[self.offset + i]:
             return self._given(x, i, args, kwargs.get("past_key_values"))
-        return layer(x, *args, **kwargs)
+        return compaction.call(layer, x, *args, batch=x.shape[0], **kwargs)
 
     def _run_per_sample(self, i: int, layer, x, args, kwargs):
         if self.source is not None:
@@ -153,7 +153,7 @@ class _Turns:
         found = []
 
         def block(rows, take):
-            out = layer(rows, *self._rows(args, take), **self._options(i, layer, kwargs, take))
+            out = compaction.call(layer, rows, *self._rows(args, take), **self._options(i, layer, kwargs, take))
             found.append(out)
             return out[0] if self.blocks_are_t5 else out
 

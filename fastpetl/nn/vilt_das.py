@@ -71,22 +71,24 @@ class SkipViltEncoder(modeling_vilt.ViltEncoder):
         return BaseModelOutput(last_hidden_state=hidden_states, hidden_states=states, attentions=attentions)
 
     def _run(self, x, mask, skip, shortcut, output_attentions, output_hidden_states):
+        from fastpetl.skip.compaction import call
+
         states, attentions = [], []
         for i, layer in enumerate(self.layer):
             if output_hidden_states:
                 states.append(x)
             outputs = (x, None)
             if not skip[i]:
-                outputs = layer(x, mask, output_attentions)
+                outputs = call(layer, x, mask, output_attentions, batch=len(x))
             elif shortcut == "adapter":
-                outputs = (self.adapter_list[i](x), None)
+                outputs = (call(self.adapter_list[i], x, batch=len(x)), None)
             x = outputs[0]
             if output_attentions:
                 attentions.append(outputs[1])
         return x, states, attentions
 
     def _run_per_sample(self, x, mask, policy, shortcut, output_attentions, output_hidden_states):
-        from fastpetl.skip.compaction import samples
+        from fastpetl.skip.compaction import call, samples
 
         stream, states, attentions = samples(x, policy, len(self.layer), self.training, mask), [], []
         for i, layer in enumerate(self.layer):
@@ -95,7 +97,7 @@ class SkipViltEncoder(modeling_vilt.ViltEncoder):
             attention = []
 
             def block(rows, take, layer=layer, attention=attention):
-                outputs = layer(rows, take(mask), output_attentions)
+                outputs = call(layer, rows, take(mask), output_attentions)
                 attention += outputs[1:]
                 return outputs[0]
 

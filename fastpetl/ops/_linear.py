@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .. import backends
 from ._common import dense, wide
-from ._measured import rows_class
+from ._measured import rows_class, steady
 
 NONE, NORM, GELU = 0, 1, 2  # prologues; the ABI of csrc/cpu
 CODED = 3  # GELU, its derivative kept in 20 bits an element (csrc/cpu/activation_impl.h) in place of x: run_*_coded
@@ -26,6 +26,11 @@ def codes(backend, x, prologue) -> bool:
     return "cpp" in backends.serving("linear", backend, "cpu", x.dtype)
 
 
+def _serving(backend, x) -> tuple:
+    names = backends.serving("linear", backend, x.device.type, x.dtype)
+    return steady("linear", names, x.numel() // max(x.shape[-1], 1))
+
+
 def run_forward(backend, x, weights, biases, prologue, weight, bias, eps, cache=None):
     """Semantics: (y, stats) by `backend`, on "auto" by the fastest; stats are empty unless the prologue is a norm."""
     weights, biases = [w.contiguous() for w in weights], [b.contiguous() for b in biases]
@@ -33,7 +38,7 @@ def run_forward(backend, x, weights, biases, prologue, weight, bias, eps, cache=
     if x.shape[0] == 0:
         n = sum(w.shape[0] for w in weights)
         return x.new_empty(0, n), x.new_empty((0, 2) if prologue == NORM else 0, dtype=wide(x))
-    names = backends.serving("linear", backend, x.device.type, x.dtype)
+    names = _serving(backend, x)
     args = (x, weights, biases, prologue, weight, bias, eps)
 
     def runs():
@@ -46,7 +51,7 @@ def run_forward(backend, x, weights, biases, prologue, weight, bias, eps, cache=
 def run_forward_coded(backend, x, weights, biases):
     """Semantics: (y, code): as run_forward behind a GELU, and what run_backward takes as x with the prologue CODED."""
     weights, biases = [w.contiguous() for w in weights], [b.contiguous() for b in biases]
-    names = backends.serving("linear", backend, "cpu", x.dtype)
+    names = _serving(backend, x)
 
     def run(name):
         if name == "cpp":
@@ -73,7 +78,7 @@ def is_torch(backend, x, weights, biases, prologue, weight, bias, eps, cache, gr
     Measures both where need be: what a forward keeps must not depend on when a backward came by, or a checkpoint's
     recomputation would keep something else than its forward.
     """
-    names = backends.serving("linear", backend, x.device.type, x.dtype)
+    names = _serving(backend, x)
     if len(names) == 1 or x.numel() == 0:
         return names[0] == "torch"
     shape = _shape(x, weights, prologue, None if grad else cache)
@@ -92,7 +97,7 @@ def run_backward(backend, grad, x, stats, weights, prologue, weight):
     weights = [w.contiguous() for w in weights]
     if grad.shape[0] == 0:
         return grad.new_empty(0, weights[0].shape[1])
-    names = backends.serving("linear", backend, grad.device.type, grad.dtype)
+    names = _serving(backend, grad)
     args = (grad, x, stats, weights, prologue, dense(weight))
 
     def runs():

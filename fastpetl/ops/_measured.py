@@ -9,31 +9,74 @@ import torch
 
 from .. import backends
 
-_part = threading.local()  # .of: (samples here, samples of the batch) while a part of a batch is computed
+_part = threading.local()  # .of: (samples here, samples of the batch, hooks on saved tensors), else there is no part
+
+# Rows a thread from which a library's product of matrices gives a row the same bits whatever the number of rows: MKL's
+# takes other kernels below 4, and below 6 for what one thread is left with; oneDNN's for a single row.
+STEADY = 8
+_UNSTEADY = {"linear": ("torch", "onednn"), "adapter": ("reference",)}
 
 
 @contextlib.contextmanager
 def part_of(samples: int, batch: int):
     """Semantics: in here a choice by the number of rows is the one for the whole batch, of which `samples` are
-    computed: what a sample gets does not depend on how many others are computed with it.
+    computed, and of a kernel whose rows do not depend on their number: what a sample gets does not depend on how many
+    others are computed with it.
     """
-    before, _part.of = getattr(_part, "of", None), (samples, batch)
+    before, _part.of = getattr(_part, "of", None), (samples, batch, _hooks())
     try:
         yield
     finally:
         _part.of = before
 
 
-def of_the_batch(count: int) -> int:
-    """Semantics: a number of rows (or samples), as it were for the whole batch.
+def part() -> tuple[int, int] | None:
+    """Semantics: the arguments of the `part_of` around this call."""
+    of = _known()
+    return None if of is None else of[:2]
 
-    Not where tensors that autograd saves are packed, as in a checkpoint: what is computed again there, in the
+
+def as_part(function):
+    """Semantics: `function`, computed as a part of the batch that this call is a part of, whenever that is: what a
+    checkpoint computes again in the backward chooses as its forward did.
+    """
+    of = part()
+    if of is None:
+        return function
+
+    def again(*args, **kwargs):
+        with part_of(*of):
+            return function(*args, **kwargs)
+
+    return again
+
+
+def _hooks():
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def _known():
+    """The part; None if a checkpoint was entered since that `as_part` does not know of: what it computes again, in the
     backward, does not know of the batch, and has to choose as its forward did.
     """
     of = getattr(_part, "of", None)
-    if of is None or count % of[0] or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return count
-    return count // of[0] * of[1]
+    return of if of is not None and of[2] == _hooks() else None
+
+
+def of_the_batch(count: int) -> int:
+    """Semantics: a number of rows (or samples), as it were for the whole batch."""
+    of = _known()
+    return count if of is None or count % of[0] else count // of[0] * of[1]
+
+
+def steady(op: str, names: tuple, rows: int) -> tuple:
+    """Semantics: `names`, in a part of a batch whose samples have few rows each without the backends of `op` that give
+    a row other bits where there are few rows: a sample may be the only one that is left.
+    """
+    of = None if len(names) == 1 else _known()
+    if of is None or rows % of[0] or rows // of[0] >= STEADY * torch.get_num_threads():
+        return names
+    return tuple([name for name in names if name not in _UNSTEADY[op]]) or names
 
 
 def choose(op: str, name: str, names, key: tuple, one, tensors, grad: bool, baseline: str, tolerance: float) -> str:

@@ -7,7 +7,7 @@ import torch
 from .. import backends
 from ..spec import activation_code
 from ._common import autocast_dtype, dense, first_order, grad_mask, needs_grad, number, rows, through_dispatcher
-from ._measured import choose, rows_class
+from ._measured import choose, rows_class, steady
 from .adapter import _check as check_adapter
 
 
@@ -37,6 +37,7 @@ def in_one_call(compose, x, stacks, residuals, task_ids, tasks, eps, activation,
 
     if backend == "auto" and x.dtype == torch.float32:  # in other dtypes the fused kernel rounds less, as `adapter`'s
         names = backends.serving("adapter", "auto", x.device.type, x.dtype)
+        names = steady("adapter", names, x.numel() // x.shape[-1])
         wanted = tuple(t is not None and t.requires_grad for t in tensors) if grad else None
         there = tuple(None if t is None else t.shape[0] == tasks for t in stacks)
         per_row = task_ids.dim() == x.dim() - 1

@@ -22,7 +22,7 @@ from ._common import (
     through_dispatcher,
     unflatten,
 )
-from ._measured import choose, rows_class
+from ._measured import choose, rows_class, steady
 
 __all__ = ["adapter", "adapter_reference"]
 
@@ -170,7 +170,7 @@ def _choose(tensors, add_x, eps, code, scale, grad) -> str:
             return _Adapter.apply(*tensors, add_x, eps, code, scale, name)
         return run_forward(name, *tensors, add_x, eps, code, scale, False)[0]
 
-    names = backends.serving("adapter", "auto", x.device.type, x.dtype)
+    names = steady("adapter", backends.serving("adapter", "auto", x.device.type, x.dtype), x.numel() // x.shape[-1])
     there = tuple([t is not None for t in tensors[2:]])
     wanted = tuple([t is not None and t.requires_grad for t in tensors]) if grad else None
     key = (rows_class(x), w_down.shape, code, add_x, scale != 1, there, wanted)

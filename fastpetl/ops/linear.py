@@ -24,6 +24,7 @@ from ._common import (
     through_dispatcher,
     unflatten,
 )
+from ._measured import as_part
 from ._pack import PackCache
 
 __all__ = ["PackCache", "linear", "linear_reference"]
@@ -185,6 +186,7 @@ class _Linear(torch.autograd.Function):
         else:
             y, stats = lb.run_forward(backend, x2, weights, biases, prologue, weight, bias, eps)
         ctx.config = (prologue, backend, x.shape)
+        ctx.backward_of = as_part(lb.run_backward)  # its choice is for the batch that this is a part of, too
         # Without a prologue dx does not depend on x: not keeping it is the saving of a frozen linear.
         ctx.save_for_backward(x2 if prologue else None, stats, weight, *weights)
         return unflatten(y, x.shape)
@@ -194,7 +196,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x2, stats, weight, *weights = ctx.saved_tensors
         prologue, backend, shape = ctx.config
-        dx = lb.run_backward(backend, rows(grad), x2, stats, weights, prologue, weight)
+        dx = ctx.backward_of(backend, rows(grad), x2, stats, weights, prologue, weight)
         return dx.view(shape), None, None, None, None, None, None, None
 
 

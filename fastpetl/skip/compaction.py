@@ -77,6 +77,25 @@ def _real(mask):
     return row > -1 if row.is_floating_point() and mask.dim() == 4 else row.bool()  # additive, or what to keep
 
 
+def call(layer, rows, *args, batch: int | None = None, **kwargs):
+    """Semantics: layer(rows, *args, **kwargs); what a gradient checkpoint of it computes again is the same part of the
+    batch. batch: where the rows are all there are, as many: the choices then are those made with masks per sample.
+    """
+    if torch.compiler.is_compiling():
+        return layer(rows, *args, **kwargs)
+    from fastpetl.ops._measured import as_part, part_of
+
+    checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
+    try:
+        if checkpoint is not None:  # transformers' layers call it themselves
+            layer._gradient_checkpointing_func = lambda function, *a, **k: checkpoint(as_part(function), *a, **k)
+        with contextlib.nullcontext() if batch is None else part_of(batch, batch):
+            return layer(rows, *args, **kwargs)
+    finally:
+        if checkpoint is not None:
+            layer._gradient_checkpointing_func = checkpoint
+
+
 class Samples:
     """Semantics: y[b] = shortcut(x)[b] if mask[b, i] else block(x)[b], for block i = 0, 1, ... in turn.
 
@@ -97,6 +116,8 @@ class Samples:
         """Semantics: block i. block(rows, take) and shortcut(rows) give the new rows; `parameters` are what each
         trains.
         """
+        from fastpetl.ops._measured import part_of
+
         step = self._steps[i]
         if step.move is not None:
             rows = self._rows()
@@ -104,22 +125,17 @@ class Samples:
         kept, skipped = self._parts
         if len(kept):
             scale = None if self._scale is None else _select(self._scale[:, i], step.rows)
-            with self._part(kept):
+            with part_of(len(kept), self._batch):
                 y = block(kept, lambda t: self.take(t, i))
             kept = _scaled(kept, y, scale)
         else:
             skipped = with_zero_gradients(skipped, parameters)
         if len(skipped):
-            with self._part(skipped):
+            with part_of(len(skipped), self._batch):
                 skipped = shortcut(skipped)
         else:
             kept = with_zero_gradients(kept, shortcut_parameters)
         self._parts, self._at = [kept, skipped], i
-
-    def _part(self, rows):
-        from fastpetl.ops._measured import part_of
-
-        return contextlib.nullcontext() if len(rows) == self._batch else part_of(len(rows), self._batch)
 
     def whole(self) -> torch.Tensor:
         """Semantics: all samples in their order, [B * copies, ...]."""

@@ -2,8 +2,8 @@
 
 The C++ kernels compute each row for itself. In plain torch two things ask for more: a matrix product of fewer than four
 rows per thread takes another kernel (MKL's), and elementwise functions end in a scalar tail where a size is no multiple
-of the vector's. So the plain models here have five samples and hidden sizes of 32; a step of generation, one row per
-sample, is bit-equal with backend="cpp" only. "auto" chooses by the number of rows: by that of the whole batch.
+of the vector's. So the plain models here have five samples and hidden sizes of 32. "auto" chooses by the number of
+rows, by that of the whole batch, and where a sample has few, as in a step of generation, of the C++ kernels alone.
 """
 
 import pytest
@@ -107,28 +107,74 @@ def test_candidates_in_one_pass_are_the_candidates_one_by_one(family, backend):
     assert torch.equal(got, want) and len(set(want.tolist())) == 3
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_the_choice_is_for_the_batch_but_not_in_a_checkpoint(another_backend_for_each_size, reentrant):
-    """What is recomputed in the backward does not know of the batch: it must choose, and keep, what its forward did."""
-    chosen = another_backend_for_each_size
-    model, given, n = build("vilt", "auto")
-    mask = drawn(BATCH, n, 0)
-    sizes = []
-    for checkpointing in (False, True):
+CHECKPOINTS = {"none": None, "reentrant": {"use_reentrant": True}, "not reentrant": {"use_reentrant": False}}
+
+
+def trained(model, given, mask, checkpoints):
+    """The logits of a training step."""
+    model.train().zero_grad()
+    if CHECKPOINTS[checkpoints]:
+        model.gradient_checkpointing_enable(CHECKPOINTS[checkpoints])
+    with skip.skip(model, mask):
+        torch.manual_seed(1)
+        out = model(**given).logits
+        out.square().sum().backward()
+    return out.detach()
+
+
+@pytest.mark.parametrize("checkpoints", CHECKPOINTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_neighbours_do_not_matter_in_training(family, checkpoints):
+    model, given, n = build(family, "auto")
+    for seed in range(2):
+        mask, others = drawn(BATCH, n, seed), drawn(BATCH, n, 100 + seed)
+        others[seed] = mask[seed]
+        got, other = trained(model, given, mask, checkpoints), trained(model, given, others, checkpoints)
+        assert torch.equal(got[seed], other[seed]) and not torch.equal(got, other)
+
+
+@pytest.mark.parametrize("checkpoints", CHECKPOINTS)
+@pytest.mark.parametrize("family", ["vilt", "meter"])
+def test_all_choices_are_for_the_batch(another_backend_for_each_size, family, checkpoints):
+    """Those of what is recomputed in the backward, and of the backward's own, too: they are made where nobody skips."""
+    chosen, seen = another_backend_for_each_size, []
+    model, given, n = build(family, "auto")
+    for mask in (torch.zeros(BATCH, n, dtype=torch.bool), drawn(BATCH, n, 0)):
         chosen.clear()
-        if checkpointing:
-            model.train().gradient_checkpointing_enable({"use_reentrant": reentrant})
-        with skip.skip(model, mask):
-            torch.manual_seed(1)
-            model(**given).logits.square().sum().backward()
-        sizes.append({key[1] for key in chosen if key[0] == "forward"})
-        assert len({name for key, name in chosen.items() if key[0] == "forward"}) > 1
-    assert len(sizes[0]) < len(sizes[1]) or reentrant  # there, without gradients, the batch is known
+        trained(model, given, mask, checkpoints)
+        # but for what a shortcut adapter needs
+        seen.append({(key[0], key[1]) for key in chosen if key[0] in ("forward", "backward")})
+        assert len(set(chosen.values())) > 1
+    assert seen[1] <= seen[0] and {direction for direction, _ in seen[1]} == {"forward", "backward"}
 
 
+def test_a_checkpoint_of_ones_own_chooses_twice_alike():
+    """It does not know of the batch when it computes again: then its forward must not either."""
+    from fastpetl.ops import _measured
+
+    def choice():
+        return _measured.of_the_batch(6), _measured.steady("linear", ("cpp", "torch"), 6)
+
+    def same(t):
+        return t
+
+    alone, known = (6, ("cpp", "torch")), (15, ("cpp",))
+    assert choice() == alone
+    with _measured.part_of(2, 5):
+        assert choice() == known
+        again = _measured.as_part(choice)
+        with torch.autograd.graph.saved_tensors_hooks(same, same):
+            assert choice() == alone and again() == known
+    with torch.autograd.graph.saved_tensors_hooks(same, same):
+        assert choice() == alone and again() == known
+        with _measured.part_of(2, 5):  # the checkpoint is around all of it
+            assert choice() == known
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
 @pytest.mark.parametrize("family", FAMILIES[2:])
-def test_steps_of_generation(family):
-    model, given, n = build(family, "cpp")
+def test_steps_of_generation(family, backend):
+    model, given, n = build(family, backend)
     given = {name: value for name, value in given.items() if not name.startswith(("decoder", "use_cache"))}
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "output_scores": True, "return_dict_in_generate": True}
 
@@ -140,3 +186,4 @@ def test_steps_of_generation(family):
         mask, others = drawn(BATCH, n, seed), drawn(BATCH, n, 100 + seed)
         others[seed] = mask[seed]
         assert torch.equal(scores(mask)[seed], scores(others)[seed])
+        assert torch.equal(scores(mask)[seed], scores(mask[seed])[seed])  # nor that they skip something else
