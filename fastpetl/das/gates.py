@@ -88,8 +88,12 @@ def draw_distinct(gates: torch.Tensor, fill: Fill, count: int, generator: torch.
 
 
 def check_count(fill: Fill, count: int) -> None:
-    if fill.n_skip is not None and math.comb(fill.n_blocks, fill.n_skip) < count:
-        sets = math.comb(fill.n_blocks, fill.n_skip)
+    """Semantics: ValueError if there are not `count` different sets to draw."""
+    if fill.n_skip is None:  # how many make up a budget is easiest told by drawing them
+        draw_distinct(torch.zeros(fill.n_blocks), fill, count, torch.Generator().manual_seed(0))
+        return
+    sets = math.comb(fill.n_blocks, fill.n_skip)
+    if sets < count:
         raise ValueError(
             f"search: candidates is {count}, expected at most {sets}: so many sets of {fill.n_skip} of "
             f"{fill.n_blocks} blocks exist"

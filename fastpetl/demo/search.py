@@ -15,6 +15,7 @@ from . import data, train
 from .model import Settings, build
 
 BLOCKS = 12  # of the demo's model
+SKIP = 4
 VALIDATION = 512  # questions of the training split that nothing trains on
 VALIDATION_BATCH = 64
 
@@ -26,7 +27,15 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--out", type=Path, default=Path("fastpetl-search"), help="folder for plan.json and plan.png")
     made.add_argument("--steps", type=int, default=240, help="training steps (default: %(default)s)")
-    made.add_argument("--skip", type=int, default=4, metavar="K", help="blocks to skip (default: %(default)s)")
+    many = made.add_mutually_exclusive_group()
+    many.add_argument("--skip", type=int, metavar="K", help=f"blocks to skip (default: {SKIP})")
+    many.add_argument(
+        "--budget-macs",
+        type=float,
+        metavar="N",
+        help="in place of --skip: multiply-accumulates of a sample to save at least, e.g. 20e6; the search fills it by "
+        "gate per multiply-accumulate",
+    )
     made.add_argument("--turn", type=int, default=5, help="steps between rewards (default: %(default)s)")
     made.add_argument("--candidates", type=int, default=3, help="sets per reward (default: %(default)s)")
     made.add_argument("--per-sample", action="store_true", help="train each sample with a set of its own")
@@ -37,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="then train anew with nothing skipped, with the plan, and with N random plans, and test each",
+        help="then train anew with nothing skipped, with the plan, with N random plans of as many blocks; test each",
     )
     made.add_argument("--quick", action="store_true", help="a few steps on a few questions")
     return made
@@ -48,6 +57,11 @@ def _data(settings: Settings):
     whole = data.load("train", "downstream", limit=settings.train_limit, assets=Path(settings.assets))
     held_out = min(VALIDATION, len(whole) // 4)
     return whole.part(0, len(whole) - held_out), whole.part(len(whole) - held_out, len(whole))
+
+
+def _amount(args) -> dict:
+    """How much is to be skipped, as `fastpetl.das.search` takes it."""
+    return {"n_skip": args.skip} if args.budget_macs is None else {"budget_macs": args.budget_macs}
 
 
 def find(args: argparse.Namespace, settings: Settings, training, validation):
@@ -79,7 +93,7 @@ def find(args: argparse.Namespace, settings: Settings, training, validation):
         step,
         Scorer(batches, loss),
         steps=settings.steps,
-        n_skip=args.skip,
+        **_amount(args),
         turn=args.turn,
         candidates=args.candidates,
         per_sample=args.per_sample,
@@ -116,15 +130,29 @@ def compare(plan, n: int, settings: Settings, training) -> dict:
     }
 
 
+def _check_budget(args, settings: Settings) -> None:
+    """A budget that cannot be had, or not in so many ways, is a usage error, before anything is trained."""
+    from fastpetl.das import Search
+
+    model = build("patched", settings)
+    try:
+        Search(model, lambda r: 0.0, candidates=args.candidates, **_amount(args))
+    except ValueError as error:
+        message = str(error).removeprefix("search: ").replace("budget_macs is", "--budget-macs is")
+        parser().error(message.replace("candidates is", "--candidates is"))
+
+
 def main(argv: list[str] | None = None) -> int:
     """Search, write plan.json and plan.png, and with --compare results.json."""
     args = parser().parse_args(argv)
+    if args.skip is None:  # not argparse's default: it takes --skip 4 for "not given" and would let --budget-macs pass
+        args.skip = SKIP
     for name, least, most in (("skip", 1, BLOCKS), ("turn", 1, None), ("candidates", 2, None), ("steps", 1, None)):
         value = getattr(args, name)
         if value < least or most is not None and value > most:
             expected = f"{least} or more" if most is None else f"{least} to {most}"
             parser().error(f"--{name} is {value}, expected {expected}")
-    if math.comb(BLOCKS, args.skip) < args.candidates:
+    if args.budget_macs is None and math.comb(BLOCKS, args.skip) < args.candidates:
         parser().error(
             f"--candidates is {args.candidates}, but there are only {math.comb(BLOCKS, args.skip)} sets of {args.skip}"
         )
@@ -132,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     quick = {"batch": 8, "train_limit": 64, "test_limit": 32} if args.quick else {}
     steps = min(args.steps, 8) if args.quick else args.steps
     settings = Settings(seed=args.seed, threads=args.threads, steps=steps, **quick)
+    if args.budget_macs is not None:
+        _check_budget(args, settings)
     torch.set_num_threads(settings.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     training, validation = _data(settings)

@@ -10,7 +10,7 @@ import torch
 
 import fastpetl
 from das_task import Task
-from fastpetl.das import Scorer, Search, SearchedPlan, gates
+from fastpetl.das import Scorer, Search, SearchedPlan, gates, search
 from fastpetl.das.gates import Fill, draw, draw_distinct, update_gates
 from fastpetl.models import MeterConfig, MeterModel
 from vilt_tiny import everything, one_thread, tiny_das, tiny_vilt  # noqa: F401
@@ -144,6 +144,14 @@ def test_a_budget_of_macs():
     plan = task.search(n_skip=None, budget_macs=1.5 * saved[0])
     assert plan.macs_saved >= 1.5 * saved[0] and len(plan.blocks) == 2
     assert all(len(chosen) == 2 for r in plan.rounds for chosen in r["sets"])
+
+
+def test_a_budget_that_one_set_makes_up_is_refused_before_the_first_step():
+    task, steps = Task(), []
+    saved = [b.macs - b.shortcut_macs for b in fastpetl.blocks(task.model)]
+    with pytest.raises(ValueError, match="search: candidates is 3, but only 1 different sets of blocks were found"):
+        search(task.model, steps.append, lambda r: 0.0, steps=9, budget_macs=sum(saved), progress=False)
+    assert steps == []
 
 
 def test_a_budget_weighs_layers_by_what_they_save():

@@ -26,6 +26,19 @@ def test_search_runs_and_writes(tmp_path, capsys):
     assert "M MACs of a sample saved" in capsys.readouterr().out
 
 
+def test_search_within_a_budget(tmp_path, capsys):
+    argv = ["--quick", "--out", str(tmp_path), "--turn", "2", "--steps", "2", "--candidates", "2", "--threads", "1"]
+    threads = torch.get_num_threads()
+    try:
+        assert search.main([*argv, "--budget-macs", "15e6"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    plan, saved = SearchedPlan.load(tmp_path / "plan.json"), 28.1e6 / 4  # of a block
+    assert len(plan.blocks) == 3 and 15e6 < plan.macs_saved < 15e6 + saved
+    assert all(len(chosen) == 3 for chosen in plan.rounds[0]["sets"])
+    assert f"{plan.macs_saved / 1e6:.1f} M MACs of a sample saved" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -33,6 +46,12 @@ def test_search_runs_and_writes(tmp_path, capsys):
         (["--skip", "12"], "--candidates is 3, but there are only 1 sets of 12"),
         (["--turn", "0"], "--turn is 0, expected 1 or more"),
         (["--candidates", "1"], "--candidates is 1, expected 2 or more"),
+        (["--skip", "4", "--budget-macs", "1e6"], "--budget-macs: not allowed with argument --skip"),
+        (["--budget-macs", "much"], "--budget-macs: invalid float value: 'much'"),
+        (["--budget-macs", "nan"], "--budget-macs is nan, expected more than 0 and at most "),
+        (["--budget-macs", "0"], "--budget-macs is 0.0, expected more than 0 and at most "),
+        (["--budget-macs", "1e12"], "--budget-macs is 1000000000000.0, expected more than 0 and at most "),
+        (["--budget-macs", "84e6"], "--candidates is 3, but only 1 different sets of blocks were found"),
     ],
 )
 def test_impossible_requests(argv, message, capsys):
