@@ -46,7 +46,7 @@ class FusedBartAttention(Fused, hf.BartAttention):
         else:
             q, kv = self._linear(x, self.q_proj, slot="q"), None
         dropout = self.dropout if self.training else 0.0
-        if source is not None and past_key_values is None and not lora:
+        if source is not None and past_key_values is None:
             options = {"heads": self.num_heads, "scaling": self.scaling, "dropout": dropout, **kwargs}
             out = self._few_queries(q, source, self.k_proj, self.v_proj, attention_mask, **options)
             if out is not None:

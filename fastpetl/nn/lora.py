@@ -146,6 +146,25 @@ class FusedLoRALinear(LoRALinear):
         made = lambda: torch.addmm(self.weight, b, a, alpha=self.scale)  # noqa: E731
         return self._cache().get(id(a), (self.weight, a, b), made)
 
+    def in_weight(self, x) -> torch.Tensor | None:
+        """Semantics: W + scale * B A of this call on x, in training with A's and B's gradients; None where the update
+        cannot stand in the weight: dropout before it, tasks mixed, hooks, a weight that is trained as well.
+        """
+        if self.merges(x):
+            return self.merged(x)
+        if any(self.__dict__[hooks] for hooks in HOOKS) or "forward" in self.__dict__ or call_reason(self, {}, x):
+            return None
+        if self.weight.requires_grad or self.weight.dtype != x.dtype or (self.training and self.dropout > 0):
+            return None
+        task = self.task(x)
+        if isinstance(task, tuple):
+            return None
+        from fastpetl import ops
+        from fastpetl.backends import for_op
+
+        a, b = self.update(task)
+        return ops.lora_weight(self.weight, a, b, scale=self.scale, backend=for_op("linear", self._fastpetl_backend))
+
     def _cache(self):
         from fastpetl.ops import WeightCache
 

@@ -84,7 +84,8 @@ class Fused:
         """
         if not q.is_cpu or q.dtype != torch.float32 or torch.compiler.is_compiling() or kwargs.get("output_attentions"):
             return None
-        if self.config._attn_implementation != "sdpa" or type(key) is not nn.Linear or type(value) is not nn.Linear:
+        kinds = nn.Linear, FusedLoRALinear
+        if self.config._attn_implementation != "sdpa" or type(key) is not nn.Linear or type(value) not in kinds:
             return None
         if mask is None and q.shape[1] > 1 and getattr(self, "is_causal", True):  # as SDPA's caller would take it
             return None
@@ -92,10 +93,16 @@ class Fused:
         from fastpetl.ops._common import needs_grad
 
         sizes = q.shape[1], source.shape[1], source.shape[2], heads
-        if not ops.cross_attention_saves(*sizes) or needs_grad(mask, *key.parameters(), *value.parameters()):
+        if not ops.cross_attention_saves(*sizes) or needs_grad(mask, key.weight, value.weight):
             return None
-        options = {"heads": heads, "mask": mask, "scale": float(scaling), "dropout": dropout}
-        return ops.cross_attention(q, source, key.weight, value.weight, value.bias, **options)
+        if type(value) is FusedLoRALinear:
+            weight = value.in_weight(source)
+        else:  # beside a query with LoRA nobody has looked at its hooks
+            weight = None if any(value.__dict__[hooks] for hooks in HOOKS) else value.weight
+        if weight is None:
+            return None
+        options = {"heads": heads, "b_k": key.bias, "mask": mask, "scale": float(scaling), "dropout": dropout}
+        return ops.cross_attention(q, source, key.weight, weight, value.bias, **options)
 
     def _output(self, h, dense: nn.Linear, dropout: nn.Dropout, x, norm: nn.LayerNorm, keep: str, **options):
         """Semantics: norm(x + drop(dense(h))), with the adapter of an adapted linear; options as for `_linear`.

@@ -36,7 +36,7 @@ class FusedT5Attention(Fused, hf.T5Attention):
         else:
             q, kv = self._linear(x, self.q, slot="q"), None
         dropout = self.dropout if self.training else 0.0
-        if source is not None and past is None and not lora and (mask is not None or not self.is_causal):
+        if source is not None and past is None and (mask is not None or not self.is_causal):
             if position_bias is None:
                 position_bias = self._bias(q, source.shape[1], seen)
             bias = position_bias

@@ -11,7 +11,7 @@ from .cross_attention import cross_attention, cross_attention_reference, cross_a
 from .dropout import dropout, dropout_reference, relu_dropout, relu_dropout_reference
 from .hyper import HyperWeights, hyper_adapter, hyper_adapter_reference, hyper_embedding, hyper_weights
 from .linear import PackCache, linear, linear_reference
-from .lora import lora_linear, lora_linear_reference, merge_lora
+from .lora import lora_linear, lora_linear_reference, lora_weight, merge_lora
 from .multi_adapter import multi_adapter, multi_adapter_reference
 from .phm import phm_adapter, phm_adapter_reference, phm_weight, phm_weights, phm_weights_reference
 from .residual_norm import residual_norm, residual_norm_reference
@@ -47,6 +47,7 @@ __all__ = [
     "linear_reference",
     "lora_linear",
     "lora_linear_reference",
+    "lora_weight",
     "merge_lora",
     "multi_adapter",
     "multi_adapter_reference",

@@ -189,6 +189,26 @@ def test_lora_matches_float64(backend, dtype, dropout, outs):
         assert_two_times(o, t, w, f"result {i}")
 
 
+@pytest.mark.parametrize("wanted", [(1, 2), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("out", [32, 20])
+def test_lora_weight_is_the_merged_one_and_trains_its_factors(out, wanted):
+    _, (w,), _, (a,), (b,) = lora((4,), 32, (out,), 3, torch.float32, (True,))
+    cotangent = torch.randn(32, out).t()  # not dense
+    found = []
+    for function, dtype in ((ops.lora_weight, torch.float32), (_merged, torch.float32), (_merged, torch.float64)):
+        leaves = [t.detach().to(dtype).requires_grad_(i in wanted) for i, t in enumerate((w, a, b))]
+        y = function(*leaves, scale=0.25)
+        found.append((y, *torch.autograd.grad(y, [leaves[i] for i in wanted], cotangent.to(dtype))))
+    for ours, theirs, exact in zip(*found, strict=True):
+        assert_two_times(ours, theirs, exact, str(wanted))
+    with torch.no_grad():
+        torch.testing.assert_close(ops.lora_weight(w, a, b, scale=0.25), found[1][0])
+
+
+def _merged(w, a, b, scale):
+    return w + scale * (b @ a)
+
+
 def test_lora_is_loralib_s_formula_and_trains_weights_that_want_it():
     x, w, b, la, lb = lora((4,), 12, (12,), 3, torch.float32, (True,))
     w = (w[0].requires_grad_(),)
@@ -243,6 +263,8 @@ X, WD, WU = torch.randn(2, 3, 8), torch.randn(4, 5, 8), torch.randn(4, 8, 5)
             "scatter_rows: rows has shape (2, 8), expected (1, 3, 8)",
             lambda: ops.scatter_rows(X, X[0, :2], torch.zeros(1).long()),
         ),
+        ("lora_weight: b has shape (8, 5), expected (5, 5)", lambda: ops.lora_weight(WD[0], WD[1], WU[0])),
+        ("lora_weight: a has shape (8,), expected two dim", lambda: ops.lora_weight(WD[0], WD[1][0], WU[0])),
         ("lora_linear: weights is a Tensor, expected a tuple", lambda: ops.lora_linear(X, WD[0], (), (), ())),
         (
             "lora_linear: biases has 0 entries, expected 1, one per weight",
