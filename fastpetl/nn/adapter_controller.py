@@ -13,6 +13,7 @@ from torch import nn
 
 from fastpetl.nn import compacter
 from fastpetl.nn.adapter import ACTIVATIONS, site_spec
+from fastpetl.nn.hyperformer import FusedHyperSite
 from fastpetl.nn.inline import HOOKS, Inlined, call_reason, note_fallback, structure, structure_reason
 from fastpetl.nn.tasks import in_one_launch, per_sample, stacked, task_ids
 
@@ -272,6 +273,8 @@ def controller_site(controller, x, f, task, norm: nn.LayerNorm, backend: str, ke
     samples' tasks differ (`keep` then does nothing); None where the controller has to be called: hooks, a norm of its
     own behind the adapter.
     """
+    if type(controller) is FusedHyperSite:
+        return controller.site(x, f, task, norm, backend, keep)
     if type(controller) is not FusedAdapterController:
         return None
     state = controller.__dict__

@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fastpetl.nn.inline import call_reason, note_fallback
+from fastpetl.nn.adapter import site_spec
+from fastpetl.nn.generated import can_be_shared, shared_weights
+from fastpetl.nn.inline import HOOKS, call_reason, note_fallback
 from fastpetl.nn.tasks import in_one_launch, per_sample, task_ids
 
 KINDS = ("feed_forward", "self_attention", "cross_attention")  # the order of the rows of adapters_block_type
@@ -98,16 +100,22 @@ class HyperNet(nn.Module):
 
     def weights(self, task, layer: int, kind: str) -> tuple:
         """Semantics: (w_down, b_down, w_up, b_up, None, None) of one site; with a tuple of tasks, these in front."""
+        return self.weights_from(task, layer, kind, layer + 1)[0][0]
+
+    def weights_from(self, task, first: int, kind: str, end: int | None = None) -> tuple:
+        """Semantics: (the `ops.HyperWeights` of the sites of this kind in the layers first, first + 1, ... before end,
+        the embedding they are made of).
+        """
         from fastpetl.ops import hyper_embedding, hyper_weights
 
-        one, net = slice(layer, layer + 1), self.task_hypernet.task_embeding_generator
-        kinds, embeddings = None, self.embeddings.task_to_embeddings
+        net, embeddings = self.task_hypernet.task_embeding_generator, self.embeddings.task_to_embeddings
+        kinds = None
         if self.unified:
             row = KINDS.index(kind)
             kinds = self.adapters_block_type.weight[row : row + 1]
         e = hyper_embedding(
             torch.stack([embeddings[name] for name in task]) if isinstance(task, tuple) else embeddings[task],
-            self.layer_id_embeddings.weight[one],
+            self.layer_id_embeddings.weight[first:end],
             net[0].weight,
             net[0].bias,
             net[2].weight,
@@ -116,8 +124,9 @@ class HyperNet(nn.Module):
             self.LayerNorm.bias,
             kinds=kinds,
             eps=self.LayerNorm.eps,
-        ).flatten(0, -2)
-        return hyper_weights(e[None] if isinstance(task, tuple) else e, *self._generators(kind))[0]
+        )
+        e = e if kinds is None else e.squeeze(1)
+        return hyper_weights(e, *self._generators(kind)), e
 
 
 class HyperSite(nn.Module):
@@ -166,10 +175,32 @@ class HyperSite(nn.Module):
 
 
 class FusedHyperSite(HyperSite):
-    """`HyperSite` in one op. Made by `fastpetl.patch`, never constructed."""
+    """`HyperSite` in one op, in training with weights made for all layers at once. Made by `fastpetl.patch`, never
+    constructed.
+    """
 
     _fastpetl_backend = "auto"
     _fastpetl_fallback = None
+
+    def _weights(self, task):
+        return shared_weights(self.net, task, self.layer, self.kind) if can_be_shared() else super()._weights(task)
+
+    def site(self, x, f, task, norm: nn.LayerNorm, backend: str, keep="sum") -> torch.Tensor | None:
+        """Semantics: norm(x + f + U(f)), what `forward` makes of f and what follows it, as one op; None where forward
+        has to be called. keep: see `ops.adapter_residual_norm`.
+        """
+        state = self.__dict__
+        if isinstance(task, tuple | list) or "forward" in state or any(state[hooks] for hooks in HOOKS):
+            return None
+        if call_reason(self, {}, f) or self.net.LayerNorm.weight.dtype != f.dtype:
+            return None
+        from fastpetl import ops
+
+        weights = self._weights(self._task(task))[:4]
+        sizes = weights[0].shape[1], weights[0].shape[0]
+        spec = site_spec(*sizes, self.activation, 1.0, None, (True, True), norm.eps, "norm", "sublayer")
+        tail = {"tail_weight": norm.weight, "tail_bias": norm.bias}
+        return ops.adapter_residual_norm(x, f, *weights, spec=spec, **tail, backend=backend, keep=keep)
 
     def forward(self, x: torch.Tensor, task: str | None = None) -> torch.Tensor:
         from fastpetl import ops
