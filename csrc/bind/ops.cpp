@@ -1,13 +1,16 @@
 // CPU ops on the LibTorch stable ABI: the adapter, the frozen linears and the attention.
-#include "bind/check.h"
+#include "bind/tasks.h"
+
+thread_local bool fp_alone = false;
 
 namespace {
 
 void use_torch_threads() {
   fp_parallel_for = [](int64_t n, int64_t grain, fp_task task, void* ctx) {
+    if (fp_alone) return task(ctx, 0, n);
     torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { task(ctx, begin, end); });
   };
-  fp_threads = [] { return (int)torch::stable::get_num_threads(); };
+  fp_threads = [] { return fp_alone ? 1 : (int)torch::stable::get_num_threads(); };
 }
 
 std::tuple<Tensor, Tensor, Tensor> adapter_forward(const Tensor& x, const Tensor& w_down, const MaybeTensor& b_down, const Tensor& w_up,

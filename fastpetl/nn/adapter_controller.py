@@ -270,8 +270,8 @@ def _cache(controller):
 
 def controller_site(controller, x, f, task, norm: nn.LayerNorm, backend: str, keep="sum") -> torch.Tensor | None:
     """Semantics: norm(x + f + U_t(f)), the controller's forward on f and what follows it, as one op, or two where the
-    samples' tasks differ (`keep` then does nothing); None where the controller has to be called: hooks, a norm of its
-    own behind the adapter.
+    samples' tasks differ and one call does not serve them all (`keep` then does nothing); None where the controller has
+    to be called: hooks, a norm of its own behind the adapter.
     """
     if type(controller) is FusedHyperSite:
         return controller.site(x, f, task, norm, backend, keep)
@@ -283,31 +283,41 @@ def controller_site(controller, x, f, task, norm: nn.LayerNorm, backend: str, ke
     if isinstance(task, tuple | list):
         task = controller._distinct(task)
         if len(set(task)) > 1:
-            return _mixed_site(controller, x, f, task, norm, backend) if _mixable(controller, task, f) else None
+            return _mixed_site(controller, x, f, task, norm, backend, keep) if _mixable(controller, task, f) else None
         task_ids(f, task, task[:1])  # as many as samples
         task = task[0]
     if call_reason(controller, _norms(controller), f) or _adapter_reason(controller, task, f):
         return None
     from fastpetl import ops
 
-    adapter, pre = controller.adapter(task), controller._modules.get("pre_layer_norm")
-    w_down, b_down, w_up, b_up = _weights(controller, adapter)
-    own, norms = None, {}
+    adapter = controller.adapter(task)
+    weights = _weights(controller, adapter)
+    options = _site_options(controller, adapter.activation, weights, norm) | {"backend": backend, "keep": keep}
+    return ops.adapter_residual_norm(x, f, *weights, **options)
+
+
+def _site_options(controller, activation, weights, norm) -> dict:
+    """Semantics: what `ops.adapter_residual_norm` takes beside x, f and an adapter's weights."""
+    w_down, b_down, _, b_up = weights
+    pre, own, norms = controller._modules.get("pre_layer_norm"), None, {}
     if pre is not None:
         own, norms = (pre.eps, pre.bias is not None), {"norm_weight": pre.weight, "norm_bias": pre.bias}
     biases = b_down is not None, b_up is not None
     sizes = w_down.shape[1], w_down.shape[0]
-    spec = site_spec(*sizes, adapter.activation, 1.0, own, biases, norm.eps, "norm", "sublayer")
-    tail = {"tail_weight": norm.weight, "tail_bias": norm.bias}
-    return ops.adapter_residual_norm(
-        x, f, w_down, b_down, w_up, b_up, spec=spec, **norms, **tail, backend=backend, keep=keep
-    )  # fmt: skip
+    spec = site_spec(*sizes, activation, 1.0, own, biases, norm.eps, "norm", "sublayer")
+    return {"spec": spec, "tail_weight": norm.weight, "tail_bias": norm.bias, **norms}
 
 
-def _mixed_site(controller, x, f, tasks, norm, backend):
+def _mixed_site(controller, x, f, tasks, norm, backend, keep):
     from fastpetl import ops
     from fastpetl.backends import for_op
 
+    if ops.multi_site_serves(f, backend):
+        names = tuple(dict.fromkeys(tasks))
+        adapters = [controller.adapter(name) for name in names]
+        weights = [_weights(controller, adapter) for adapter in adapters]
+        options = _site_options(controller, adapters[0].activation, weights[0], norm) | {"keep": keep}
+        return ops.multi_adapter_residual_norm(x, f, weights, task_ids(f, tasks, names), **options, backend=backend)
     s = _adapted(controller, f, tasks, (f, x), backend)
     tail = {"eps": norm.eps, "emit": "norm", "backend": for_op("residual_norm", controller._fastpetl_backend)}
     return ops.residual_norm(s, None, norm.weight, norm.bias, **tail)

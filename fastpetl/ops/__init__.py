@@ -13,6 +13,11 @@ from .hyper import HyperWeights, hyper_adapter, hyper_adapter_reference, hyper_e
 from .linear import PackCache, linear, linear_reference
 from .lora import lora_linear, lora_linear_reference, lora_weight, merge_lora
 from .multi_adapter import multi_adapter, multi_adapter_reference
+from .multi_site import (
+    multi_adapter_residual_norm,
+    multi_adapter_residual_norm_reference,
+    multi_site_serves,
+)
 from .phm import phm_adapter, phm_adapter_reference, phm_weight, phm_weights, phm_weights_reference
 from .residual_norm import residual_norm, residual_norm_reference
 from .rows import gather_rows, scatter_rows
@@ -51,6 +56,9 @@ __all__ = [
     "merge_lora",
     "multi_adapter",
     "multi_adapter_reference",
+    "multi_adapter_residual_norm",
+    "multi_adapter_residual_norm_reference",
+    "multi_site_serves",
     "relu_dropout",
     "relu_dropout_reference",
     "scatter_rows",
