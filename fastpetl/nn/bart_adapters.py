@@ -14,7 +14,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from fastpetl.nn.adapter_controller import AdapterController
-from fastpetl.nn.prompt import SeesPrompts, prompted, seen_in_front
+from fastpetl.nn.prompt import prompted, seen_in_front
 from fastpetl.nn.tasks import TaskRouted
 
 
@@ -83,8 +83,9 @@ class AdapterBartDecoderLayer(TaskRouted, hf.BartDecoderLayer):
         return _site(self, x, _feed_forward(self, x), self.ff_adapter, task, self.final_layer_norm)
 
 
-class PromptBartEncoder(hf.BartEncoder):
-    """Semantics: BartEncoder over [prompts; text]: LN([prompts; words + positions]), dropout, layers.
+class PromptBartEncoder:
+    """Mixin of a BartEncoder (`with_prompts`). Semantics: BartEncoder over [prompts; text]: LN([prompts; words +
+    positions]), dropout, layers.
 
     Has one more child, `prompt_modules`; attention_mask [B, T] is about the text.
     """
@@ -105,11 +106,6 @@ class PromptBartEncoder(hf.BartEncoder):
         return BaseModelOutput(last_hidden_state=x)
 
 
-class PromptBartDecoder(SeesPrompts, hf.BartDecoder):
-    """BartDecoder behind a `PromptBartEncoder`: encoder_attention_mask [B, T] is about the text."""
-
-
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
 AdapterBartEncoderLayer.__name__ = "BartEncoderLayer"
 AdapterBartDecoderLayer.__name__ = "BartDecoderLayer"
-PromptBartEncoder.__name__, PromptBartDecoder.__name__ = "BartEncoder", "BartDecoder"

@@ -6,10 +6,13 @@ theirs.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastpetl.nn.joined import joined
 from fastpetl.nn.tasks import TaskRouted, per_sample
 
 
@@ -43,7 +46,7 @@ class PromptController(TaskRouted, nn.Module):
 
     def __init__(self, tasks, length, hidden, middle, *, sharing: str, std: float | None, **made):
         super().__init__()
-        self.length = length
+        self.length, self.hidden = length, hidden
         self.prompts, first = nn.ModuleDict(), None
         for task in tasks:
             if first is None or sharing == "multiple":
@@ -87,6 +90,12 @@ def seen_in_front(mask, length: int):
     if mask is None or mask.dim() != 2 or mask.shape[1] >= length:
         return mask
     return F.pad(mask, (length - mask.shape[1], 0), value=1)
+
+
+@functools.cache
+def with_prompts(original: type, mixin: type) -> type:
+    """Semantics: `original` with `mixin`, which has or sees prompts, before it."""
+    return joined(mixin, original, (with_prompts, mixin))
 
 
 class SeesPrompts:

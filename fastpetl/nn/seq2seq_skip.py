@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import EncoderDecoderCache
 
+from fastpetl.nn.joined import joined
 from fastpetl.skip import compaction
 
 
@@ -98,16 +99,7 @@ def skipping(original: type, layers: str) -> type:
         turns = self.__dict__.get("_fastpetl_turns")
         return self._modules[layers] if turns is None else turns
 
-    def reduce(self, protocol):  # the class has no name of its own to be found by
-        return _rebuild, (original, layers), *object.__reduce_ex__(self, protocol)[2:]
-
-    body = {"__module__": original.__module__, "__reduce_ex__": reduce, layers: property(turns)}
-    return type(original.__name__, (Skipping, original), body)
-
-
-def _rebuild(original: type, layers: str):
-    cls = skipping(original, layers)
-    return cls.__new__(cls)
+    return joined(Skipping, original, (skipping, layers), **{layers: property(turns)})
 
 
 def original_of(cls: type) -> type:

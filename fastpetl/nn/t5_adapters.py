@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from transformers.models.t5 import modeling_t5 as hf
 
-from fastpetl.nn.prompt import SeesPrompts, prompted, seen_in_front
+from fastpetl.nn.prompt import prompted, seen_in_front
 from fastpetl.nn.tasks import TaskRouted
 
 
@@ -90,8 +90,9 @@ def _finite(x):
     return torch.clamp(x, min=-limit, max=limit)
 
 
-class PromptT5Encoder(hf.T5Stack):
-    """Semantics: T5Stack, an encoder, over [prompts; text]; the prompts have positions like words.
+class PromptT5Encoder:
+    """Mixin of a T5Stack (`with_prompts`). Semantics: T5Stack, an encoder, over [prompts; text]; the prompts have
+    positions like words.
 
     Has one more child, `prompt_modules`; attention_mask [B, T] is about the text.
     """
@@ -113,13 +114,8 @@ class PromptT5Encoder(hf.T5Stack):
         return super().forward(attention_mask=mask, inputs_embeds=x, **kwargs)
 
 
-class PromptT5Decoder(SeesPrompts, hf.T5Stack):
-    """T5Stack, a decoder, behind a `PromptT5Encoder`: encoder_attention_mask [B, T] is about the text."""
-
-
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
 AdapterT5LayerSelfAttention.__name__ = "T5LayerSelfAttention"
 AdapterT5LayerCrossAttention.__name__ = "T5LayerCrossAttention"
 AdapterT5LayerFF.__name__ = "T5LayerFF"
 AdapterT5Block.__name__ = "T5Block"
-PromptT5Encoder.__name__ = PromptT5Decoder.__name__ = "T5Stack"

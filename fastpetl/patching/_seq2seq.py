@@ -132,13 +132,14 @@ class Seq2SeqFamily(SkipsSeq2Seq, Baselines):
                     module.__class__ = type(module).__bases__[1]
 
     def prompted(self) -> dict:
-        """The library's encoder and decoder, each with the class that has prompts: {child: (original, prompted)}."""
+        """The library's encoder and decoder, each with the mixin that has or sees prompts: {child: (class, mixin)}."""
         raise NotImplementedError
 
     def attach_prompt(self, host, config) -> None:
         """Semantics: the prompts' module on the encoder, which is one that asks for them (VL-BART's, VL-T5's) or
         becomes one.
         """
+        from fastpetl.nn.prompt import with_prompts
         from fastpetl.nn.seq2seq_skip import original_of
 
         if not any("fastpetl.models" in cls.__module__ for cls in type(host.encoder).__mro__):
@@ -147,8 +148,8 @@ class Seq2SeqFamily(SkipsSeq2Seq, Baselines):
                 if kind is not original:
                     got, expected = f"{kind.__module__}.{kind.__qualname__}", f"{self.module}.{original.__name__}"
                     raise ValueError(f"attach: the {child} is {got}, expected {expected} for prompts")
-            for child, (_, changed) in self.prompted().items():
-                self._become(getattr(host, child), changed)
+            for child, (original, mixin) in self.prompted().items():
+                self._become(getattr(host, child), with_prompts(original, mixin))
         like = next(host.parameters())
         made = {"device": like.device, "dtype": like.dtype}
         prompts = config.controller(self.hidden(host), self.std(host.config), **made)
@@ -162,11 +163,12 @@ class Seq2SeqFamily(SkipsSeq2Seq, Baselines):
         stack.__class__ = skipping(cls, self.layers) if skips else cls
 
     def detach_prompt(self, host) -> None:
+        from fastpetl.nn.prompt import with_prompts
         from fastpetl.nn.seq2seq_skip import original_of
 
         host.encoder._modules.pop("prompt_modules", None)
-        for child, (original, changed) in self.prompted().items():
-            if original_of(type(getattr(host, child))) is changed:
+        for child, (original, mixin) in self.prompted().items():
+            if original_of(type(getattr(host, child))) is with_prompts(original, mixin):
                 self._become(getattr(host, child), original)
 
     def detach_adapter(self, host) -> None:

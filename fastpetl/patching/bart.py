@@ -93,13 +93,11 @@ class BartFamily(Seq2SeqFamily):
         }
 
     def prompted(self) -> dict:
-        from fastpetl.nn import bart_adapters as plain
+        from fastpetl.nn.bart_adapters import PromptBartEncoder
+        from fastpetl.nn.prompt import SeesPrompts
 
         hf = sys.modules[_HF]
-        return {
-            "encoder": (hf.BartEncoder, plain.PromptBartEncoder),
-            "decoder": (hf.BartDecoder, plain.PromptBartDecoder),
-        }
+        return {"encoder": (hf.BartEncoder, PromptBartEncoder), "decoder": (hf.BartDecoder, SeesPrompts)}
 
     def std(self, config) -> float:
         return config.init_std  # the original re-draws every Linear with BART's own initialiser

@@ -78,10 +78,11 @@ class T5Family(Seq2SeqFamily):
         }
 
     def prompted(self) -> dict:
-        from fastpetl.nn import t5_adapters as plain
+        from fastpetl.nn.prompt import SeesPrompts
+        from fastpetl.nn.t5_adapters import PromptT5Encoder
 
         stack = sys.modules[_HF].T5Stack
-        return {"encoder": (stack, plain.PromptT5Encoder), "decoder": (stack, plain.PromptT5Decoder)}
+        return {"encoder": (stack, PromptT5Encoder), "decoder": (stack, SeesPrompts)}
 
     def std(self, config) -> None:
         return None  # the original leaves T5's adapters as torch makes them

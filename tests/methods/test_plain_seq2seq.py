@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 
 import fastpetl
+from fastpetl.nn.prompt import SeesPrompts
 from vilt_tiny import everything, one_thread, relative  # noqa: F401
 from vl_tiny import SIZES, TASKS, inputs, randomize, tiny
 
@@ -144,8 +145,21 @@ def test_prompts_beside_the_rest(kind, name, tmp_path):
         fastpetl.detach(plain)
         assert relative(plain(**text()).logits, want) > 1e-3
         fastpetl.attach(plain, CONFIGS[name], patch=False)
-        assert "Prompt" in type(host.encoder).__mro__[2].__qualname__ + type(host.decoder).__mro__[2].__qualname__
-    assert type(host.encoder).__qualname__.startswith("Prompt")
+        assert "prompt_modules" in host.encoder._modules and isinstance(host.decoder, SeesPrompts)
+    assert type(host.decoder).__mro__[1] is SeesPrompts  # and no longer skips
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_hidden_states_and_maps_with_prompts(kind):
+    """The library finds by a class's name what it gives besides its output."""
+    plain, _ = built(kind, "prompts")
+    plain.set_attn_implementation("eager")
+    out = plain(**text(), output_hidden_states=True, output_attentions=True)
+    tokens = text()["input_ids"].shape[1] + 3
+    assert len(out.encoder_hidden_states) == 3 and len(out.decoder_hidden_states) == 3
+    assert all(states.shape[1] == tokens for states in out.encoder_hidden_states)
+    assert [weights.shape[-1] for weights in out.cross_attentions] == [tokens] * 2
+    assert type(plain.get_encoder()).__qualname__ in ("BartEncoder", "T5Stack")
 
 
 def test_what_takes_no_prompts():
