@@ -57,7 +57,8 @@ def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
         if not hasattr(family, f"attach_{part.attaches}"):
             takes = ", ".join(cls.__name__ for cls in CONFIGS if hasattr(family, f"attach_{cls.attaches}"))
             raise ValueError(f"attach: config is {type(part).__name__}, expected for {family.name}: {takes}")
-    if attached(model) is not None or family.is_attached(host):
+    prompted = any("prompt_modules" in module._modules for module in model.modules())  # the host may be inside
+    if attached(model) is not None or family.is_attached(host) or prompted:
         raise ValueError("attach: model has adapters attached already; fastpetl.detach(model) first")
     config = config.resolved(family, host)
     flags = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -69,7 +70,7 @@ def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
         raise ValueError(f"attach: {reason}")
     try:
         for part in config.parts:
-            getattr(family, f"attach_{part.attaches}")(host, part)
+            getattr(family, f"attach_{part.attaches}")(part.place(family, model, host), part)
         config.added(model, host, family)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(config.trainable(name))
@@ -124,7 +125,7 @@ def _remove(model, family, host, config, flags) -> None:
     unpatch(model)
     config.removed(model, host)
     for part in reversed(config.parts):
-        getattr(family, f"detach_{part.attaches}")(host)
+        getattr(family, f"detach_{part.attaches}")(part.place(family, model, host))
     model.__dict__.pop(_KEY, None)
     for name, parameter in model.named_parameters():
         if name in flags:

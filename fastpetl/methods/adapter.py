@@ -121,6 +121,10 @@ class AdapterConfig:
         """How one task's adapter of another kind than VL-Adapter's own is made."""
         return None
 
+    def place(self, family, model, host):
+        """Semantics: the module that the family attaches this to."""
+        return host
+
     def added(self, model, host, family) -> None:
         """Semantics: what is added beside the sites, once these are there."""
 
@@ -133,12 +137,14 @@ class AdapterConfig:
     def trainable(self, name: str) -> bool:
         """Semantics: does this configuration train the parameter of this name?"""
         parts = name.split(".")
+        if "prompt_modules" in parts:
+            return True
         if FROZEN & set(parts):
             return False
         if HEADS & set(parts):
             return self.train_head
         if "visual_embedding" in parts:
             return self.train_visual and "obj_order_embedding" not in parts
-        if "prompt_modules" in parts or any(part.endswith("_adapter") for part in parts):
+        if any(part.endswith("_adapter") for part in parts):
             return True
         return bool(self.train_norms) and is_norm(parts)

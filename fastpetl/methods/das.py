@@ -81,6 +81,10 @@ class DASConfig:
         """Semantics: the configurations to attach: this one."""
         return (self,)
 
+    def place(self, family, model, host):
+        """Semantics: the module that the family attaches this to."""
+        return host
+
     def added(self, model, host, family) -> None:
         """Semantics: what is added beside what the family attaches: nothing."""
 

@@ -14,8 +14,9 @@ from fastpetl.methods.adapter import AdapterConfig
 class PromptConfig(AdapterConfig):
     """Semantics: `length` trained vectors in front of the encoder's text, made by a network `middle` wide.
 
-    sharing "single": one set of prompts for all tasks, "multiple": one each. For VL-BART, VL-T5, BART and T5. Of
-    AdapterConfig's fields tasks, sharing, train_norms (None: False, the paper's) and train_visual have a meaning here.
+    sharing "single": one set of prompts for all tasks, "multiple": one each. In BERT, RoBERTa, CLIP and ViLT they stand
+    behind the first token, in METER behind its text encoder's; what these give is without them. Of AdapterConfig's
+    fields tasks, sharing, train_norms (None: False, the paper's) and train_visual have a meaning here.
     """
 
     length: int = 40
@@ -36,6 +37,9 @@ class PromptConfig(AdapterConfig):
 
     def resolved(self, family, host):
         return replace(self, train_norms=bool(self.train_norms))
+
+    def place(self, family, model, host):
+        return family.whole(model, host)
 
     def controller(self, hidden: int, std, **made):
         """Semantics: the module that gives the encoder its prompts."""

@@ -95,6 +95,7 @@ def _attached(model, function: str):
             "config)"
         )
     family, host = registry.family_of(model, function)
+    host = family.whole(model, host)
     if not any(_holders(owner) for owner in _owners(host)):
         raise ValueError(
             f"{function}: {type(state.config).__name__} has no weights per task, expected a method that has"

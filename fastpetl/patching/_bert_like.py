@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastpetl.patching._prompts import TakesPrompts
 from fastpetl.patching._seq2seq import attention_check, attention_note, original_signature
 from fastpetl.patching._sites import LayerFamily
 from fastpetl.patching.registry import Rule
@@ -17,12 +18,18 @@ _FORWARD = {  # what the fused classes were written for
 OUTPUTS = {"attention.output.dense": False, "crossattention.output.dense": True, "output.dense": False}
 
 
-class BertLikeFamily(LayerFamily):
+class BertLikeFamily(TakesPrompts, LayerFamily):
     """A family whose layers are BERT's."""
 
     outputs = OUTPUTS
     queries_and_values = ("query", "value")
     adapterhub = ((r"\.dense\.output_adapter$", ".adapters"),)  # where its adapters stand: (here, there)
+
+
+def text_prompts(library: str, prefix: str) -> dict:
+    """Semantics: `TakesPrompts.prompted` of a copy of BERT in the module `library`."""
+    parts = {"": (f"{prefix}Model", "PromptedText"), "embeddings": (f"{prefix}Embeddings", "PromptedEmbeddings")}
+    return {(library, f"{prefix}Model"): parts}
 
 
 def bert_rules(

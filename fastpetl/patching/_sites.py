@@ -35,6 +35,10 @@ class Unskippable:
 class Baselines:
     """Nothing is added: what of the model trains is the configuration's business."""
 
+    def whole(self, model, host):
+        """Semantics: the module in `model` that has all that is attached: the host, or the one it needs around it."""
+        return host
+
     def attach_nothing(self, host, config) -> None:
         """Semantics: a baseline's: only what trains is chosen."""
 

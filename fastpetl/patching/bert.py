@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastpetl.patching._bert_like import BertLikeFamily, bert_rules
+from fastpetl.patching._bert_like import BertLikeFamily, bert_rules, text_prompts
 
 _HF = "transformers.models.bert.modeling_bert"
 RULES = bert_rules("bert", _HF, "Bert", ("BertLayer",), "fastpetl.nn.bert", routed=("BertLayer",))
@@ -15,6 +15,7 @@ class BertFamily(BertLikeFamily):
     module = _HF
     host_classes = ("BertModel",)
     layer_classes = (f"{_HF}:BertLayer",)
+    prompted = text_prompts(_HF, "Bert")
 
 
 FAMILY = BertFamily()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastpetl.patching._prompts import TakesPrompts
 from fastpetl.patching._seq2seq import attention_check, attention_note, original_signature
 from fastpetl.patching._sites import LayerFamily
 from fastpetl.patching.registry import Rule
@@ -46,7 +47,7 @@ RULES = (
 )
 
 
-class ClipFamily(LayerFamily):
+class ClipFamily(TakesPrompts, LayerFamily):
     """Answers for a CLIPModel, or one of its two sides, what attaching and counting ask."""
 
     name = "CLIP (transformers)"
@@ -55,6 +56,17 @@ class ClipFamily(LayerFamily):
     layer_classes = (f"{_HF}:CLIPEncoderLayer",)
     outputs = {"self_attn.out_proj": False, "mlp.fc2": False}
     queries_and_values = ("q_proj", "v_proj")
+    prompted = {
+        (_HF, "CLIPTextModel"): {
+            "": ("CLIPTextModel", "PromptedCLIPText"),
+            "embeddings": ("CLIPTextEmbeddings", "PromptedEmbeddings"),
+            "encoder": ("CLIPEncoder", "PromptedEncoder"),
+        },
+        (_HF, "CLIPVisionModel"): {
+            "": ("CLIPVisionModel", "Prompted"),
+            "embeddings": ("CLIPVisionEmbeddings", "PromptedEmbeddings"),
+        },
+    }
     adapterhub = (  # where its adapters stand: (here, there)
         (r"\.self_attn\.out_proj\.output_adapter$", ".attention_adapters.adapters"),
         (r"\.mlp\.fc2\.output_adapter$", ".output_adapters.adapters"),

@@ -8,8 +8,9 @@ import sys
 import torch
 from torch import nn
 
-from fastpetl.patching._bert_like import OUTPUTS, check_layer, layer_note
+from fastpetl.patching._bert_like import OUTPUTS, check_layer, layer_note, text_prompts
 from fastpetl.patching._originals import renamed as rename
+from fastpetl.patching._prompts import TakesPrompts
 from fastpetl.patching._sites import LayerTable
 from fastpetl.patching.registry import Rule
 
@@ -17,7 +18,7 @@ _MODEL = "fastpetl.models.meter"
 _SHORTCUTS = ("adapter_list_l", "adapter_list_v")
 
 
-class MeterFamily(LayerTable):
+class MeterFamily(TakesPrompts, LayerTable):
     """Answers for a MeterModel (the host of both stacks of cross-modal layers) what attaching, skipping and counting
     ask; blocks are numbered as DAS's gates: the text layers, then the image layers.
     """
@@ -28,6 +29,7 @@ class MeterFamily(LayerTable):
     layer_classes = ("fastpetl.nn.meter:MeterCrossLayer",)  # the towers stay frozen, as DAS has it
     outputs = OUTPUTS
     queries_and_values = ("query", "value")
+    prompted = text_prompts("transformers.models.roberta.modeling_roberta", "Roberta")
 
     def hosts(self, module: nn.Module) -> bool:
         meter = sys.modules.get(_MODEL)

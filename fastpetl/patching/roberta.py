@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastpetl.patching._bert_like import BertLikeFamily, bert_rules
+from fastpetl.patching._bert_like import BertLikeFamily, bert_rules, text_prompts
 
 _HF = "transformers.models.roberta.modeling_roberta"
 RULES = bert_rules("roberta", _HF, "Roberta", ("RobertaLayer",), "fastpetl.nn.roberta", routed=("RobertaLayer",))
@@ -15,6 +15,7 @@ class RobertaFamily(BertLikeFamily):
     module = _HF
     host_classes = ("RobertaModel",)
     layer_classes = (f"{_HF}:RobertaLayer",)
+    prompted = text_prompts(_HF, "Roberta")
 
 
 FAMILY = RobertaFamily()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastpetl.patching._originals import renamed as rename
+from fastpetl.patching._prompts import TakesPrompts
 from fastpetl.patching._sites import LayerTable
 from fastpetl.patching.registry import Rule
 
@@ -110,7 +111,7 @@ RULES = (
 # --- blocks and adapters ----------------------------------------------------------------------------------------------
 
 
-class ViltFamily(LayerTable):
+class ViltFamily(TakesPrompts, LayerTable):
     """Answers for a ViLT encoder (the host of its blocks) what attaching, skipping and counting ask."""
 
     name = "ViLT (transformers)"
@@ -119,10 +120,21 @@ class ViltFamily(LayerTable):
     layer_classes = (f"{_HF}:ViltLayer",)
     outputs = {"attention.output.dense": False, "output.dense": False}
     queries_and_values = ("query", "value")
+    prompted = {
+        (_HF, "ViltModel"): {
+            "": ("ViltModel", "PromptedVilt"),
+            "embeddings.text_embeddings": ("TextEmbeddings", "PromptedEmbeddings"),
+        }
+    }
 
     def hosts(self, module: nn.Module) -> bool:
         encoder = getattr(sys.modules.get(_HF), "ViltEncoder", None)
         return encoder is not None and isinstance(module, encoder)
+
+    def whole(self, model: nn.Module, encoder):
+        """Semantics: the ViltModel that has the embeddings too, if the encoder is in one."""
+        kind = sys.modules[_HF].ViltModel
+        return next((m for m in model.modules() if isinstance(m, kind) and m.encoder is encoder), encoder)
 
     def hidden(self, encoder) -> int:
         return encoder.config.hidden_size

@@ -119,9 +119,9 @@ def test_what_is_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             make()
-    model = hf_tiny.build("bert")
+    model = hf_tiny.build("decoder")
     before = everything(model)
-    with pytest.raises(ValueError, match="attach: config is PromptConfig, expected for BERT.*: AdapterConfig"):
+    with pytest.raises(ValueError, match="attach: the BertModel is a decoder, expected an encoder for prompts"):
         fastpetl.attach(model, CONFIG)
     assert everything(model) == before
     lora = built("vlbart", fastpetl.LoRAConfig(tasks=("vqa",), rank=2, prompts=PROMPTS))
