@@ -9,13 +9,11 @@ import torch
 
 from fastpetl.methods.adapter import AdapterConfig
 
-_KINDS = {"ff_adapter": "feed_forward", "enc_attn_adapter": "cross_attention"}
-
 
 @dataclass(frozen=True)
 class HyperformerConfig(AdapterConfig):
     """Semantics: adapters as `AdapterConfig`'s, their weights made by one network per stack from the task, the layer
-    and the kind of sublayer.
+    and the kind of sublayer. A stack is an encoder, a decoder, a side of CLIP; METER's text and image layers are one.
 
     features: the size of what the network makes the weights from (the paper's 8). unified: one generator for all kinds
     of sublayer (Hyperformer++), else one for each. Sharing between tasks is the network's: `sharing` stays "single",
@@ -45,36 +43,31 @@ class HyperformerConfig(AdapterConfig):
         return HyperSite("", self.activation)
 
     def added(self, model, host, family) -> None:
-        """Semantics: the task embeddings on the host and both stacks, and a HyperNet on each stack."""
-        from fastpetl.nn.hyperformer import HyperNet, HyperSite, TaskEmbeddings
+        """Semantics: the task embeddings on the host (in encoder-decoders on both stacks as well), and a HyperNet on
+        each stack.
+        """
+        from fastpetl.nn.hyperformer import HyperNet, TaskEmbeddings
 
         like = next(host.parameters())
-        made, hidden = {"device": like.device, "dtype": like.dtype}, family.hidden(host)
+        made = {"device": like.device, "dtype": like.dtype}
         embeddings = TaskEmbeddings(self.tasks, **made).train(host.training)
         children = dict(host._modules)  # first among them, as in the original: parameters are named by who comes first
         host._modules.clear()
         host._modules.update(shared_task_embed=embeddings, **children)
-        for part in ("encoder", "decoder"):
-            stack = getattr(host, part)
-            sites = [(name, m) for name, m in stack.named_modules() if isinstance(m, HyperSite)]
-            for name, site in sites:
-                site.kind = _KINDS.get(name.split(".")[-1], "self_attention")
-            layers = 1 + max(_layer(name) for name, _ in sites)
-            kinds = {site.kind for _, site in sites}
-            if part == "decoder":
-                kinds.add("cross_attention")  # the original makes it, with or without adapters to use it
-            sizes = (layers, kinds, hidden, self.bottleneck, self.features)
+        for stack, hidden, sites, kinds in family.hyper_sites(host):
+            sizes = (1 + max(layer for layer, _, _ in sites), kinds, hidden, self.bottleneck, self.features)
             net = HyperNet(embeddings, *sizes, unified=self.unified, std=family.std(host.config), **made)
             stack.adapter_layers_hyper_net = net.train(stack.training)
-            stack.task_embed = embeddings
-            for name, site in sites:
-                site.place(net, _layer(name))
+            if family.embeds_in_stacks:
+                stack.task_embed = embeddings
+            for layer, kind, site in sites:
+                site.kind = kind
+                site.place(net, layer)
 
     def removed(self, model, host) -> None:
-        host._modules.pop("shared_task_embed", None)
-        for stack in (host.encoder, host.decoder):
-            stack._modules.pop("adapter_layers_hyper_net", None)
-            stack._modules.pop("task_embed", None)
+        for module in list(host.modules()):
+            for name in ("shared_task_embed", "adapter_layers_hyper_net", "task_embed"):
+                module._modules.pop(name, None)
 
     def trainable(self, name: str) -> bool:
         parts = name.split(".")
@@ -94,7 +87,3 @@ class HyperformerConfig(AdapterConfig):
             "features": find(r"adapter_layers_hyper_net\.LayerNorm\.weight$").shape[0],
             "unified": find(r"adapters_block_type\.weight$") is not None,
         }
-
-
-def _layer(name: str) -> int:
-    return int(re.search(r"\d+", name)[0])

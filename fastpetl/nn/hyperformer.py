@@ -154,6 +154,8 @@ class HyperSite(nn.Module):
         return hyper_adapter_reference(x, self._weights(self._task(task)), activation=self.activation, residuals=(x,))
 
     def _task(self, task):
+        if task is None and len(self.tasks) == 1:
+            return self.tasks[0]
         if task not in self.tasks:
             raise ValueError(
                 f"HyperSite: task is {task!r}, expected one of {', '.join(self.tasks)}: fastpetl.task(model, name), or "

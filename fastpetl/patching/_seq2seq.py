@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 
 from torch import nn
@@ -36,6 +37,9 @@ def attention_note(attention) -> str:
     if dropout > 0:
         return f"attention dropout {dropout}: attention runs in torch while training"
     return ""
+
+
+_KINDS = {"ff_adapter": "feed_forward", "enc_attn_adapter": "cross_attention"}  # of Hyperformer's sites
 
 
 class Seq2SeqFamily(SkipsSeq2Seq, Baselines):
@@ -180,6 +184,24 @@ class Seq2SeqFamily(SkipsSeq2Seq, Baselines):
             layer.__class__ = originals.get(type(layer), type(layer))
 
     attach_hyper, detach_hyper = attach_adapter, detach_adapter  # and what HyperformerConfig adds beside the sites
+    embeds_in_stacks = True  # the original has the task embeddings on the stacks too
+
+    def hyper_sites(self, host):
+        """Semantics: (stack, hidden size, [(layer, kind, site)], kinds of sites it has a generator for), for a
+        `HyperNet` each.
+        """
+        from fastpetl.nn.hyperformer import HyperSite
+
+        for part in ("encoder", "decoder"):
+            named = [(n, m) for n, m in getattr(host, part).named_modules() if isinstance(m, HyperSite)]
+            sites = [
+                (int(re.search(r"\d+", name)[0]), _KINDS.get(name.split(".")[-1], "self_attention"), site)
+                for name, site in named
+            ]
+            kinds = {kind for _, kind, _ in sites}
+            if part == "decoder":
+                kinds.add("cross_attention")  # the original makes it, with or without adapters to use it
+            yield getattr(host, part), self.hidden(host), sites, kinds
 
     # --- the originals' checkpoints
 

@@ -147,6 +147,29 @@ class LayerTable(Baselines):
                 module.__class__ = nn.Linear
         self._untell(host)
 
+    attach_hyper, detach_hyper = attach_adapter, detach_adapter  # and what HyperformerConfig adds beside the sites
+    embeds_in_stacks = False
+
+    def stacks(self, host) -> list:
+        """Semantics: the parts of the host whose layers are numbered on their own."""
+        return [host]
+
+    def hyper_sites(self, host):
+        """Semantics: as `Seq2SeqFamily.hyper_sites`, a stack's layers numbered in their order."""
+        from fastpetl.nn.adapted import CHILD
+
+        for stack in self.stacks(host):
+            sites, widths = [], set()
+            for number, (_, layer) in enumerate(self._layers(stack)):
+                for path, cross in self.outputs.items():
+                    linear = layer.get_submodule(path) if path.split(".")[0] in layer._modules else None
+                    if linear is not None and CHILD in linear._modules:
+                        kind = "self_attention" if "att" in path.split(".")[0] else "feed_forward"
+                        sites.append((number, "cross_attention" if cross else kind, linear._modules[CHILD]))
+                        widths.add(linear.out_features)
+            (hidden,) = widths
+            yield stack, hidden, sites, {kind for _, kind, _ in sites}
+
     def attach_lora(self, host, config) -> None:
         """Semantics: the query and value projections of all attentions become LoRALinears."""
         for _, layer in self._layers(host):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from fastpetl.patching._prompts import TakesPrompts
 from fastpetl.patching._seq2seq import attention_check, attention_note, original_signature
 from fastpetl.patching._sites import LayerFamily
@@ -73,6 +75,10 @@ class ClipFamily(TakesPrompts, LayerFamily):
     )
     # One side alone is named so there, and in transformers before 5.
     adapterhub_side = {"CLIPTextModel": "text_model.", "CLIPVisionModel": "vision_model."}
+
+    def stacks(self, host) -> list:
+        """Semantics: the two sides, which differ in width."""
+        return [host.text_model, host.vision_model] if isinstance(host, sys.modules[_HF].CLIPModel) else [host]
 
 
 FAMILY = ClipFamily()
