@@ -59,6 +59,16 @@ def clip_text(**c):
     )
 
 
+def clip():
+    """Both sides, of different widths, with random weights."""
+    text = {**SIZES, "vocab_size": 60, "eos_token_id": 59, "max_position_embeddings": 40}
+    vision = {**SIZES, "hidden_size": 48, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(7)
+    model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    randomize(model)
+    return model
+
+
 def bridgetower(**c):
     vision = {"hidden_size": 64, "num_hidden_layers": 2, "image_size": 32, "patch_size": 16}
     top = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}

@@ -39,20 +39,11 @@ BACKBONES = ("bert", "decoder", "roberta", "clip_vision", "clip_text", "clip", "
 GRID = [(b, name) for b in BACKBONES for name in CONFIGS if b != "decoder" or "prompts" not in name]  # has a cache
 
 
-def clip():
-    text = {**hf_tiny.SIZES, "vocab_size": 60, "eos_token_id": 59, "max_position_embeddings": 40}
-    vision = {**hf_tiny.SIZES, "hidden_size": 48, "image_size": 32, "patch_size": 8}
-    return hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-
-
 def build(backbone):
     if backbone == "vilt":
         return vilt_tiny.tiny_vilt()
     if backbone == "clip":
-        torch.manual_seed(7)
-        model = clip().eval()
-        randomize(model)
-        return model
+        return hf_tiny.clip()
     return hf_tiny.build(backbone)
 
 

@@ -164,10 +164,7 @@ def test_what_trains_and_how_much():
 
 
 def test_both_sides_of_clip_have_prompts_of_their_width():
-    text = {**hf_tiny.SIZES, "vocab_size": 60, "eos_token_id": 59, "max_position_embeddings": 40}
-    vision = {**hf_tiny.SIZES, "hidden_size": 48, "image_size": 32, "patch_size": 8}
-    model = hf.CLIPModel(hf.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16))
-    fastpetl.attach(model, CONFIG)
+    model = fastpetl.attach(hf_tiny.clip(), CONFIG)
     assert model.text_model.embeddings.prompt_modules.hidden == 32
     assert model.vision_model.embeddings.prompt_modules.hidden == 48
     fastpetl.add_task(model, "more")
