@@ -57,8 +57,9 @@ def weights(net, task, layer, kind, hidden):
     return made
 
 
-@pytest.mark.parametrize("unified", [False, True])
-@pytest.mark.parametrize("backbone", SITES)
+@pytest.mark.parametrize(
+    ("backbone", "unified"), [*((backbone, False) for backbone in SITES), ("decoder", True), ("clip", True)]
+)
 def test_it_is_adapters_with_the_weights_the_network_makes(backbone, unified):
     config = {"tasks": TASKS, "bottleneck": BOTTLENECK}
     model = fastpetl.attach(

@@ -39,6 +39,13 @@ BACKBONES = ("bert", "decoder", "roberta", "clip_vision", "clip_text", "clip", "
 GRID = [(b, name) for b in BACKBONES for name in CONFIGS if b != "decoder" or "prompts" not in name]  # has a cache
 
 
+def on(*backbones, of=GRID):
+    """The cases; of Hyperformer and prompts, which share their way with adapters, those on other backbones are slow."""
+    rare = {"hyper": backbones, "prompts": backbones, "hyper_unified": ("bert",), "adapter_prompts": ("bert",)}
+    slow = [backbone not in rare.get(name, BACKBONES) for backbone, name in of]
+    return [pytest.param(*c, marks=pytest.mark.slow) if s else c for c, s in zip(of, slow, strict=True)]
+
+
 def build(backbone):
     if backbone == "vilt":
         return vilt_tiny.tiny_vilt()
@@ -78,7 +85,7 @@ def gradients(model, backbone):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("backbone", "name"), GRID)
+@pytest.mark.parametrize(("backbone", "name"), on("bert", "clip", "vilt", "meter"))
 def test_patched_is_the_same(backbone, name):
     """Output and the gradient of every trained parameter, in eval and in training; the same parameters have one."""
     plain = attached(backbone, name)
@@ -97,11 +104,11 @@ def test_patched_is_the_same(backbone, name):
     assert not fallbacks
 
 
+MIXED = [case for case in GRID if case[1] in ("multiple", "compacter", "hyper", "lora_multiple", "prompts")]
+
+
 @pytest.mark.parametrize("patch", [False, True], ids=["plain", "patched"])
-@pytest.mark.parametrize(
-    ("backbone", "name"),
-    [case for case in GRID if case[1] in ("multiple", "compacter", "hyper", "lora_multiple", "prompts")],
-)
+@pytest.mark.parametrize(("backbone", "name"), on("bert", "vilt", of=MIXED))
 def test_tasks_mixed_in_one_batch(backbone, name, patch):
     """Each sample is as in a batch of its task alone; a task nobody has gets no gradient."""
     model = attached(backbone, name, patch, tasks=(*TASKS, "idle"))
@@ -125,7 +132,7 @@ def test_tasks_mixed_in_one_batch(backbone, name, patch):
 
 
 @pytest.mark.parametrize("patched_before", [False, True])
-@pytest.mark.parametrize(("backbone", "name"), GRID)
+@pytest.mark.parametrize(("backbone", "name"), on("bert", "clip", "vilt"))
 def test_detach_brings_everything_back(backbone, name, patched_before):
     model = build(backbone)
     next(model.parameters()).requires_grad_(False)
@@ -150,7 +157,9 @@ def test_detach_brings_everything_back(backbone, name, patched_before):
 # Each method on BERT, each backbone with two methods; the rest of the grid is slow
 SAVED = [
     (backbone, name)
-    if backbone == "bert" or name in ("multiple", "compacter", "hyper", "prompts")
+    if backbone == "bert"
+    or name in ("multiple", "compacter")
+    or (backbone, name) in (("clip", "hyper"), ("vilt", "prompts"))
     else pytest.param(backbone, name, marks=pytest.mark.slow)
     for backbone, name in GRID
     if name in ADDING
@@ -180,8 +189,10 @@ def test_save_and_load(backbone, name, tmp_path):
         assert torch.equal(output(alone, backbone), output(model, backbone))
 
 
-@pytest.mark.parametrize("name", ADDING)
-@pytest.mark.parametrize("backbone", ["bert", "clip", "vilt", "meter"])
+COMING = [(b, name) for b in ("bert", "clip", "vilt", "meter") for name in ADDING]
+
+
+@pytest.mark.parametrize(("backbone", "name"), on("bert", "vilt", of=COMING))
 def test_tasks_come_and_go(backbone, name, tmp_path):
     model = attached(backbone, name, patch=True)
     fastpetl.add_task(model, "more", like="gqa")
