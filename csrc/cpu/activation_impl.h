@@ -38,6 +38,25 @@ struct GeluCode {
     }
 #endif
   }
+  // Elements j .. j + VL, j a multiple of VL: in ascending order, since the first half of a group clears the second's bits
+  FP_INLINE void put_vector(uint8_t* row, int64_t k, int64_t j, vf g) {
+    uint16_t* high = (uint16_t*)row + j;
+    uint8_t* low = row + 2 * k + j / GROUP * 16 + j % 16;
+#if defined(__AVX512F__)
+    __m512i c = _mm512_cvttps_epi32((__m512)fma(g, splat(STEPS), splat(ZERO + .5f)));
+    c = _mm512_mask_set1_epi32(c, _mm512_cmp_ps_mask((__m512)g, (__m512)g, _CMP_UNORD_Q), NAN_CODE);
+    _mm256_storeu_si256((__m256i*)high, _mm512_cvtepi32_epi16(_mm512_srli_epi32(c, 4)));
+    __m128i l = _mm512_cvtepi32_epi8(_mm512_and_si512(c, _mm512_set1_epi32(15)));
+    if (j % GROUP >= 16) l = _mm_or_si128(_mm_slli_epi16(l, 4), _mm_loadu_si128((const __m128i*)low));
+    _mm_storeu_si128((__m128i*)low, l);
+#else
+    for (int i = 0; i < VL; ++i) {
+      const int c = whole(g[i]);
+      high[i] = c >> 4;
+      low[i] = j % GROUP < 16 ? c & 15 : low[i] | (c & 15) << 4;
+    }
+#endif
+  }
   // elements j .. j + VL, j a multiple of VL
   FP_INLINE vf get(const uint8_t* row, int64_t k, int64_t j) {
     const uint16_t* high = (const uint16_t*)row + j;

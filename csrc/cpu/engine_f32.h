@@ -65,6 +65,21 @@ struct EngineF32 {
         for (int64_t kk = k0; kk < kp && kk < k0 + 16; ++kk) p[kk * NP] = rows[j][kk];
       }
   }
+  // a panel of B, of depth k, from NP rows of its transpose
+  static void put_panel_turned(Elem* p, int64_t k, const float* const* rows) {
+    int64_t k0 = 0;
+#if defined(__AVX512F__)
+    for (; k0 + 16 <= k; k0 += 16)
+      for (int g = 0; g < NP; g += 16) {
+        __m512i v[16], t[16];
+        for (int j = 0; j < 16; ++j) v[j] = (__m512i)load(rows[g + j] + k0);
+        transpose16(v, t);
+        for (int j = 0; j < 16; ++j) store(p + (k0 + j) * NP + g, (vf)t[j]);
+      }
+#endif
+    for (; k0 < k; ++k0)
+      for (int j = 0; j < NP; ++j) p[k0 * NP + j] = rows[j][k0];
+  }
   static const Elem* panel(const Elem* b, int64_t k, int64_t j, int64_t k0) { return b + j * NP * pad_k(k) + k0 * NP; }
 
   struct Left { const float* p; int64_t row, col; };  // A[r, k] = p[r * row + k * col]
@@ -145,6 +160,10 @@ struct EngineF32 {
   static void slice(Left a, int64_t m, const float* b, int64_t ldb, int64_t depth, Ahead* ahead, const Done& done) {
     int64_t i = 0;
     for (; ahead && ahead->more() && i + R <= m; i += R) {
+      if (!ahead->now()) {
+        tile<R, NVT>(a.p + i * a.row, a.row, a.col, b, ldb, depth, done.at(i));
+        continue;
+      }
       const Ahead::Part part = ahead->take(depth);
       tile<R, NVT, true>(a.p + i * a.row, a.row, a.col, b, ldb, depth, done.at(i), part.p, part.step);
     }

@@ -1,43 +1,56 @@
 // The frozen linears in fp32 on FMA units: an operand without prologue is read where it lies, results leave from the
-// registers, and blocks of rows go to whichever thread is free. A row's result does not depend on its block.
+// registers, and blocks go to whichever thread is free. A row's result does not depend on its block.
 #pragma once
 #include "activation_impl.h"
-#include "shares.h"
+#include "linear_weights.h"
 
 namespace FP_ISA {
 
 template <class E> struct DirectLinear {
   typedef typename E::Left Left;
-  static constexpr int64_t DEEP = 1024;  // a depth from which the product is made in chunks, its sums kept in between
+  typedef LinearWeights<E> Weights;
+  struct Block { int64_t row, m, first, last; };  // rows row.. of A, panels first .. last of B
 
-  // body(first row, rows), in blocks that leave A, C and a panel of B in a second-level cache of 1 MiB
-  template <class Body> static void row_blocks(int64_t rows, int64_t depth, int64_t n, const Body& body) {
-    const int64_t units = (rows + E::MR - 1) / E::MR, most = (depth > DEEP ? 128 : 256) / E::MR, fair = units / (2 * fp_threads()) + 1;
-    portions(units, grain(2. * E::MR * depth * n), fair < most / 4 ? fair : most / 4, most, [] { return 0; }, [&](int, Portion p) {
+  // body(block), in blocks that leave A, C and a panel of B in a second-level cache of 1 MiB: of few rows by columns
+  template <class Body> static void blocks(int64_t rows, const Weights& b, bool by_columns, const Body& body) {
+    auto start = [] { return 0; };
+    if (by_columns) {
+      const int64_t some = Weights::TOGETHER, all = (b.panels() + some - 1) / some, fair = (all + fp_threads() - 1) / fp_threads();
+      return portions(all, grain(2. * some * E::NP * rows * b.depth), b.depth > b.chunk ? fair : 1, fair, start, [&](int, Portion p) {
+        body(Block{0, rows, p.begin * some, p.end * some < b.panels() ? p.end * some : b.panels()});
+      });
+    }
+    const int64_t units = (rows + E::MR - 1) / E::MR, most = (b.depth > b.chunk ? 128 : 256) / E::MR, fair = units / (2 * fp_threads()) + 1;
+    portions(units, grain(2. * E::MR * b.depth * b.n), fair < most / 4 ? fair : most / 4, most, start, [&](int, Portion p) {
       const int64_t r0 = p.begin * E::MR, r1 = p.end * E::MR < rows ? p.end * E::MR : rows;
-      body(r0, r1 - r0);
+      body(Block{r0, r1 - r0, 0, b.panels()});
     });
   }
   // C of a block: panel by panel [m, NP], or whole rows
   struct Sums { float* p; int64_t row, panel; };
 
   // What becomes of C: it stays in c; finish(i, j, lanes, sums) gets it from the registers, or panel by panel from c,
-  // which is faster where finish reads other memory
+  // which is faster where finish reads other memory or computes
   enum Mode { KEEP, FROM_REGISTERS, FROM_PANELS };
-  // C[m, n] = A B. left(k0, kn): columns k0.. of A. fetching(ahead, j): what to fetch during the last product of panel j
+  // C = A B of a block. left(k0, kn): columns k0.. of A. fetching(ahead, j): what to fetch during the last product of the
+  // panel at column j
   template <Mode MODE, class LeftOf, class Fetching, class Finish>
-  static void block(int64_t m, int64_t depth, int64_t n, const float* b, const Sums& c, const LeftOf& left, const Fetching& fetching, const Finish& finish) {
-    const int64_t chunks = (depth + DEEP - 1) / DEEP, kb = round_up((depth + chunks - 1) / chunks, 32);
-    for (int64_t k0 = 0; k0 < depth; k0 += kb) {
-      const int64_t kn = depth - k0 < kb ? depth - k0 : kb;
-      const bool last = k0 + kn >= depth;
+  static void block(const Block& at, const Weights& b, const Sums& c, const LeftOf& left, const Fetching& fetching, const Finish& finish) {
+    const int64_t n = b.n, panels = at.last - at.first, start = b.start(panels);
+    for (int64_t k0 = 0; k0 < b.depth; k0 += b.chunk) {
+      const int64_t kn = b.depth - k0 < b.chunk ? b.depth - k0 : b.chunk;
+      const bool last = k0 + kn >= b.depth;
       const Left a = left(k0, kn);
-      for (int64_t j = 0; j < n; j += E::NP) {
-        float* cj = c.p + j / E::NP * c.panel;
+      for (int64_t q = 0; q < panels; ++q) {
+        const int64_t p = (q + start) % panels, j = (at.first + p) * E::NP;
+        float* cj = c.p + p * c.panel;
+        const float* bj = b.panel(k0, kn, at.first + p);
         Ahead ahead;
+        if (q + 1 < panels) b.next(ahead, k0, kn, at.first + (p + 1) % panels);
         if (last) fetching(ahead, j);
+        ahead.spread(at.m / E::MR * ((kn + E::SLICE - 1) / E::SLICE), E::SLICE);
         auto product = [&](const auto& end) {
-          E::template strip<E::MR, E::NV>(a, m, E::panel(b, depth, j / E::NP, k0), E::NP, kn, cj, c.row, k0 > 0, &ahead, end);
+          E::template strip<E::MR, E::NV>(a, at.m, bj, E::NP, kn, cj, c.row, k0 > 0, &ahead, end);
         };
         auto whole = [&, j](int64_t i, int v, vf s) FP_INLINED { finish(i, j + v * VL, (int64_t)VL, s); };
         auto part = [&, j](int64_t i, int v, vf s) FP_INLINED { finish(i, j + v * VL, n - j - v * VL, s); };
@@ -45,16 +58,16 @@ template <class E> struct DirectLinear {
         else j + E::NP <= n ? product(whole) : product(part);
         if (MODE != FROM_PANELS || !last) continue;
         auto rows = [&](const auto& end) {
-          for (int64_t i = 0; i < m; ++i)
+          for (int64_t i = 0; i < at.m; ++i)
             for (int v = 0; v < E::NV; ++v) end(i, v, load(cj + i * c.row + v * VL));
         };
         j + E::NP <= n ? rows(whole) : rows(part);
       }
     }
   }
-  static Sums panels(int64_t m, int64_t depth, int64_t n) {
-    const bool one = depth <= DEEP;
-    return {scratch<float>(6, m * (one ? E::NP : round_up(n, E::NP))), E::NP, one ? 0 : m * E::NP};
+  static Sums panels(const Block& at, const Weights& b) {
+    const bool one = b.depth <= b.chunk;
+    return {scratch<float>(6, at.m * E::NP * (one ? 1 : at.last - at.first)), E::NP, one ? 0 : at.m * E::NP};
   }
   // done(true type) where whole vectors of `out` may be streamed past the caches: for outputs too large for them
   template <class Done> static void by_store(const float* out, int64_t rows, int64_t n, size_t large, const Done& done) {
@@ -72,26 +85,45 @@ template <class E> struct DirectLinear {
     else if (lanes > 0) stream_whole(p, v);
   }
 
-  static void forward(const fp_linear& a, int64_t n, const float* b, const float* bias, const float* gamma, const float* beta, size_t large) {
-    row_blocks(a.rows, a.k, n, [&](int64_t r0, int64_t m) {
-      const float* x = (const float*)a.x + r0 * a.k;
-      float *y = (float*)a.out + r0 * n, *stats = a.stats ? a.stats + 2 * r0 : scratch<float>(8, 2 * m);
+  static void forward(const fp_linear& a, int64_t n, const Weights& b, const float* bias, const float* gamma, const float* beta, size_t large) {
+    const bool coded = a.code && !a.gelu;  // a row's code is written by one thread
+    blocks(a.rows, b, b.by_columns && !coded, [&](const Block& at) {
+      const int64_t m = at.m;
+      const float* x = (const float*)a.x + at.row * a.k;
+      float *y = (float*)a.out + at.row * n, *stats = a.stats && at.first == 0 ? a.stats + 2 * at.row : scratch<float>(8, 2 * m);
       auto left = [&](int64_t k0, int64_t kn) {
         if (a.prologue == FP_NONE) return Left{x + k0, a.k, 1};
         const int64_t ld = round_up(kn, 16) + 16;  // rows in different sets of the caches
         float* room = scratch<float>(5, m * ld);
-        for (int64_t i = 0; i < m; ++i) prologue(a, x + i * a.k, r0 + i, stats + 2 * i, k0, kn, gamma, beta, room + i * ld);
+        for (int64_t i = 0; i < m; ++i) prologue(a, x + i * a.k, at.row + i, stats + 2 * i, k0, kn, gamma, beta, room + i * ld);
         return Left{room, ld, 1};
       };
       by_store((float*)a.out, a.rows, n, large, [&](auto past) {
-        block<FROM_REGISTERS>(m, a.k, n, b, panels(m, a.k, n), left, [=](Ahead& ahead, int64_t j) { if (!past) next_panel(ahead, y, n, m, j); },
-                     [=](int64_t i, int64_t j, int64_t lanes, vf s) FP_INLINED { put(past, y + i * n + j, s + load(bias + j), lanes); });
+        auto ask = [=](Ahead& ahead, int64_t j) { if (!past) next_panel(ahead, y, n, m, j); };
+        auto plain = [=](int64_t i, int64_t j, int64_t lanes, vf s) FP_INLINED { put(past, y + i * n + j, s + load(bias + j), lanes); };
+        if (a.gelu) return forward_gelu(a, at, b, bias, y, past, left);
+        block<FROM_REGISTERS>(at, b, panels(at, b), left, ask, plain);
       });
     });
   }
+  template <class Past, class LeftOf>
+  static void forward_gelu(const fp_linear& a, const Block& at, const Weights& b, const float* bias, float* y, Past past, const LeftOf& left) {
+    const int64_t n = b.n, m = at.m;
+    uint8_t* code = a.code ? a.code + at.row * GeluCode::row_bytes(n) : nullptr;
+    auto ask = [=](Ahead& ahead, int64_t j) { if (!past) next_panel(ahead, y, n, m, j - E::NP); };
+    auto plain = [=](int64_t i, int64_t j, int64_t lanes, vf s) FP_INLINED { put(past, y + i * n + j, activate(GELU, s + load(bias + j)), lanes); };
+    auto kept = [=](int64_t i, int64_t j, int64_t lanes, vf s) FP_INLINED {
+      if (lanes <= 0) return;
+      const vf z = s + load(bias + j);
+      put(past, y + i * n + j, activate(GELU, z), lanes);
+      GeluCode::put_vector(code + i * GeluCode::row_bytes(n), n, j, activate_grad(GELU, z));
+    };
+    if (code) block<FROM_PANELS>(at, b, panels(at, b), left, ask, kept);
+    else block<FROM_PANELS>(at, b, panels(at, b), left, ask, plain);
+  }
   static void prologue(const fp_linear& a, const float* x, int64_t row, float* stats, int64_t k0, int64_t kn, const float* gamma,
                        const float* beta, float* out) {
-    if (a.code) {
+    if (a.code && !a.gelu) {
       memcpy(out, x + k0, kn * 4);
       return GeluCode::activate_row(out, kn, a.code + row * GeluCode::row_bytes(a.k), a.k, k0);
     }
@@ -101,24 +133,24 @@ template <class E> struct DirectLinear {
     row_normalize(x + k0, out, kn, s, gamma ? gamma + k0 : nullptr, beta ? beta + k0 : nullptr);
   }
 
-  static void backward(const fp_linear& a, int64_t n, const float* b, const float* gamma, size_t large) {
-    if (a.prologue == FP_LAYERNORM) return backward_norm(a, n, b, gamma);
-    row_blocks(a.rows, n, a.k, [&](int64_t r0, int64_t m) {
-      const float *g = (const float*)a.grad + r0 * n, *x = (const float*)a.x + r0 * a.k;
-      float* dx = (float*)a.out + r0 * a.k;
+  static void backward(const fp_linear& a, int64_t n, const Weights& b, const float* gamma, size_t large) {
+    if (a.prologue == FP_LAYERNORM) return b.by_columns ? backward_norm_few(a, n, b, gamma) : backward_norm(a, n, b, gamma);
+    blocks(a.rows, b, b.by_columns, [&](const Block& at) {
+      const int64_t k = a.k, m = at.m;
+      const float *g = (const float*)a.grad + at.row * n, *x = (const float*)a.x + at.row * k;
+      float* dx = (float*)a.out + at.row * k;
       auto left = [&](int64_t k0, int64_t) { return Left{g + k0, n, 1}; };
-      const int64_t k = a.k;
       by_store((float*)a.out, a.rows, k, large, [&](auto past) {
         if (a.prologue == FP_NONE)
-          block<FROM_REGISTERS>(m, n, k, b, panels(m, n, k), left, [=](Ahead& ahead, int64_t j) { if (!past) next_panel(ahead, dx, k, m, j); },
+          block<FROM_REGISTERS>(at, b, panels(at, b), left, [=](Ahead& ahead, int64_t j) { if (!past) next_panel(ahead, dx, k, m, j); },
                        [=](int64_t i, int64_t j, int64_t lanes, vf s) FP_INLINED { put(past, dx + i * k + j, s, lanes); });
         else if (a.code)
-          block<FROM_PANELS>(m, n, k, b, panels(m, n, k), left, [=](Ahead& ahead, int64_t j) { if (!past) next_panel(ahead, dx, k, m, j - E::NP); },
-                             [=, code = a.code + r0 * GeluCode::row_bytes(k)](int64_t i, int64_t j, int64_t lanes, vf s) FP_INLINED {
+          block<FROM_PANELS>(at, b, panels(at, b), left, [=](Ahead& ahead, int64_t j) { if (!past) next_panel(ahead, dx, k, m, j - E::NP); },
+                             [=, code = a.code + at.row * GeluCode::row_bytes(k)](int64_t i, int64_t j, int64_t lanes, vf s) FP_INLINED {
                                if (lanes > 0) put(past, dx + i * k + j, s * GeluCode::get(code + i * GeluCode::row_bytes(k), k, j), lanes);
                              });
         else
-          block<FROM_PANELS>(m, n, k, b, panels(m, n, k), left,
+          block<FROM_PANELS>(at, b, panels(at, b), left,
                        [=](Ahead& ahead, int64_t j) {
                          next_panel(ahead, x, k, m, j - E::NP);
                          if (!past) next_panel(ahead, dx, k, m, j - E::NP);
@@ -129,16 +161,30 @@ template <class E> struct DirectLinear {
       });
     });
   }
-  static void backward_norm(const fp_linear& a, int64_t n, const float* b, const float* gamma) {
+  // dx from the gradient of the norm's output in c, row by row
+  static void norm_grad(const fp_linear& a, int64_t row, float* c, const float* gamma) {
+    row_norm_grad(c, (const float*)a.x + row * a.k, a.k, row_stats_at(a.stats, row), gamma, LAYERNORM, c, nullptr, 0,
+                  [out = (float*)a.out + row * a.k](int64_t j, int64_t left, vf v) { store(out + j, v, left); });
+  }
+  static void sums(const fp_linear& a, int64_t n, const Weights& b, const Block& at, float* c, int64_t width) {
+    const float* g = (const float*)a.grad + at.row * n;
+    block<KEEP>(at, b, {c, width, E::NP}, [&](int64_t k0, int64_t) { return Left{g + k0, n, 1}; }, [](Ahead&, int64_t) {},
+                [](int64_t, int64_t, int64_t, vf) {});
+  }
+  static void backward_norm(const fp_linear& a, int64_t n, const Weights& b, const float* gamma) {
     const int64_t width = round_up(a.k, E::NP) + 16;
-    row_blocks(a.rows, n, a.k, [&](int64_t r0, int64_t m) {
-      const float *g = (const float*)a.grad + r0 * n, *x = (const float*)a.x + r0 * a.k;
-      float *dx = (float*)a.out + r0 * a.k, *c = scratch<float>(6, m * width);
-      block<KEEP>(m, n, a.k, b, {c, width, E::NP}, [&](int64_t k0, int64_t) { return Left{g + k0, n, 1}; }, [](Ahead&, int64_t) {},
-                  [](int64_t, int64_t, int64_t, vf) {});
-      for (int64_t i = 0; i < m; ++i)
-        row_norm_grad(c + i * width, x + i * a.k, a.k, row_stats_at(a.stats, r0 + i), gamma, LAYERNORM, c + i * width, nullptr, 0,
-                      [out = dx + i * a.k](int64_t j, int64_t left, vf v) { store(out + j, v, left); });
+    blocks(a.rows, b, false, [&](const Block& at) {
+      float* c = scratch<float>(6, at.m * width);
+      sums(a, n, b, at, c, width);
+      for (int64_t i = 0; i < at.m; ++i) norm_grad(a, at.row + i, c + i * width, gamma);
+    });
+  }
+  static void backward_norm_few(const fp_linear& a, int64_t n, const Weights& b, const float* gamma) {
+    const int64_t width = round_up(a.k, E::NP) + 16;
+    float* c = scratch<float>(10, a.rows * width);
+    blocks(a.rows, b, true, [&](const Block& at) { sums(a, n, b, at, c + at.first * E::NP, width); });
+    parallel(a.rows, grain(20. * a.k), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) norm_grad(a, i, c + i * width, gamma);
     });
   }
 };

@@ -80,14 +80,14 @@ template <class T, class E> struct Linear {
 
   static void forward(const fp_linear& a) {
     const int64_t n = total(a), width = round_up(a.k, 64) + 64;
-    const Elem* b = packed_operand(a, n, 0);
     float* bias = scratch<float>(1, n + 128);
     memset(bias, 0, (n + 128) * 4);
     if (a.b)
       for (int64_t i = 0, at = 0; i < a.count; at += a.n[i++])
         if (a.b[i]) for (int j = 0; j < a.n[i]; ++j) bias[at + j] = up(((const T*)a.b[i])[j]);
     const float *gamma = load_vector<T>(2, a.norm_weight, a.k), *beta = load_vector<T>(3, a.norm_bias, a.k);
-    if constexpr (PLAIN) return DirectLinear<E>::forward(a, n, b, bias, gamma, beta, LARGE);
+    if constexpr (PLAIN) return DirectLinear<E>::forward(a, n, LinearWeights<E>(a, a.k, n, true, a.packed), bias, gamma, beta, LARGE);
+    const Elem* b = packed_operand(a, n, 0);
     const bool large = a.rows * n * sizeof(T) > LARGE;
     row_blocks(a.rows, a.k, n, [&](int64_t r0, int64_t m) {
       const T* x = (const T*)a.x + r0 * a.k;
@@ -101,7 +101,7 @@ template <class T, class E> struct Linear {
             E::put_a_row(ap, kn, i, row + k0);
           } else {
             load_row(x + i * a.k + k0, row, kn, E::pad_k(kn));
-            if (a.code)
+            if (a.code && !a.gelu)
               GeluCode::activate_row(row, kn, a.code + (r0 + i) * GeluCode::row_bytes(a.k), a.k, k0);
             else if (a.prologue == FP_PROLOGUE_GELU)
               for (int64_t j = 0; j < kn; j += VL) store(row + j, activate(GELU, load(row + j)));
@@ -115,6 +115,8 @@ template <class T, class E> struct Linear {
           T* y = (T*)a.out + (r0 + i) * n + j0;
           for (int64_t j = 0; j < nc; j += VL) {
             vf v = load(c + i * E::NP + j) + load(bias + j0 + j);
+            if (a.gelu && a.code) GeluCode::put_vector(a.code + (r0 + i) * GeluCode::row_bytes(n), n, j0 + j, activate_grad(GELU, v));
+            if (a.gelu) v = activate(GELU, v);
             large ? stream(y + j, v, nc - j) : store(y + j, v, nc - j);
           }
         }
@@ -126,9 +128,9 @@ template <class T, class E> struct Linear {
 
   static void backward(const fp_linear& a) {
     const int64_t n = total(a), width = round_up(a.k > n ? a.k : n, 64) + 64;
-    const Elem* b = packed_operand(a, n, 1);
     const float* gamma = load_vector<T>(2, a.norm_weight, a.k);
-    if constexpr (PLAIN) return DirectLinear<E>::backward(a, n, b, gamma, LARGE);
+    if constexpr (PLAIN) return DirectLinear<E>::backward(a, n, LinearWeights<E>(a, n, a.k, false, a.packed), gamma, LARGE);
+    const Elem* b = packed_operand(a, n, 1);
     const bool norm = a.prologue == FP_LAYERNORM, large = a.rows * a.k * sizeof(T) > LARGE;
     row_blocks(a.rows, n, a.k, [&](int64_t r0, int64_t m) {
       const T *g = (const T*)a.grad + r0 * n, *x = (const T*)a.x + r0 * a.k;
