@@ -181,6 +181,32 @@ Tensor linear_backward_coded(const Tensor& grad, const Tensor& code, std::vector
   return dx;
 }
 
+// (then(y), stats, code of a GELU where it is to be kept): a linear with an activation behind it
+std::tuple<Tensor, Tensor, Tensor> linear_forward_then(const Tensor& x, std::vector<Tensor> weights, std::vector<Tensor> biases, int64_t prologue,
+                                                       const MaybeTensor& norm_weight, const MaybeTensor& norm_bias, double eps,
+                                                       const MaybeTensor& packed, int64_t then, bool keep) {
+  const char* op = "cpu_linear_forward_then";
+  Weights ws(weights, op);
+  const int64_t rows = coded(x, ws.total, op).size(0);
+  STD_TORCH_CHECK(then == FP_GELU || (then == FP_RELU && !keep), op, ": then must be GELU, or ReLU without a code");
+  const bool norm = prologue == FP_LAYERNORM;
+  STD_TORCH_CHECK(norm || prologue == FP_NONE, op, ": prologue must be a norm or none");
+  STD_TORCH_CHECK(biases.empty() || biases.size() == weights.size(), op, ": biases must be empty or one per weight");
+  for (size_t i = 0; i < biases.size(); ++i) ws.b.push_back(in(biases[i], x, ws.n[i], op, "biases"));
+  Tensor y = make(x, {rows, ws.total}), stats = make(x, norm ? std::vector<int64_t>{rows, 2} : std::vector<int64_t>{0}, ScalarType::Float);
+  Tensor code = make_code(x, keep ? std::vector<int64_t>{rows, ws.total / 2 * 5} : std::vector<int64_t>{0});
+  fp_linear a{};
+  ws.fill(a);
+  in(weights[0], x, ws.n[0] * ws.k, op, "weights");
+  a.x = in(x, x, rows * ws.k, op, "x");
+  a.packed = in_packed(packed, ws, FP_F32, 0, op);
+  if (norm) a.norm_weight = in(norm_weight, x, ws.k, op, "norm_weight"), a.norm_bias = in(norm_bias, x, ws.k, op, "norm_bias");
+  a.out = out(y), a.stats = static_cast<float*>(out(stats)), a.code = keep ? static_cast<uint8_t*>(out(code)) : nullptr;
+  a.rows = rows, a.prologue = prologue, a.eps = eps, a.then = then;
+  if (rows) fp_active()->linear_forward(a, FP_F32);
+  return {y, stats, code};
+}
+
 fp_activation_code activation_args(const Tensor& x, int64_t activation, const char* op) {
   STD_TORCH_CHECK(activation == FP_RELU || activation == FP_GELU, op, ": activation must be ReLU or GELU");
   STD_TORCH_CHECK(x.dim() == 2 && (activation == FP_RELU || x.size(1) % 32 == 0), op, ": x must be 2-D, for GELU a multiple of 32 wide");
@@ -265,6 +291,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastpetl, m) {
         "Tensor? packed) -> (Tensor, Tensor)");
   m.def("cpu_linear_backward(Tensor grad, Tensor x, Tensor stats, Tensor[] weights, int prologue, Tensor? norm_weight, Tensor? packed) -> Tensor");
   m.def("cpu_linear_forward_coded(Tensor x, Tensor[] weights, Tensor[] biases) -> (Tensor, Tensor)");
+  m.def("cpu_linear_forward_then(Tensor x, Tensor[] weights, Tensor[] biases, int prologue, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+        "Tensor? packed, int then, bool keep) -> (Tensor, Tensor, Tensor)");
   m.def("cpu_linear_backward_coded(Tensor grad, Tensor code, Tensor[] weights) -> Tensor");
   m.def("cpu_activation_forward(Tensor x, int activation, bool activated) -> (Tensor, Tensor)");
   m.def("cpu_activation_backward(Tensor grad, Tensor code, int activation, float scale) -> Tensor");
@@ -278,6 +306,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastpetl, CPU, m) {
   m.impl("cpu_linear_forward", TORCH_BOX(&linear_forward));
   m.impl("cpu_linear_backward", TORCH_BOX(&linear_backward));
   m.impl("cpu_linear_forward_coded", TORCH_BOX(&linear_forward_coded));
+  m.impl("cpu_linear_forward_then", TORCH_BOX(&linear_forward_then));
   m.impl("cpu_linear_backward_coded", TORCH_BOX(&linear_backward_coded));
   m.impl("cpu_activation_forward", TORCH_BOX(&activation_forward));
   m.impl("cpu_activation_backward", TORCH_BOX(&activation_backward));

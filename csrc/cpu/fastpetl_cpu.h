@@ -46,10 +46,10 @@ struct fp_linear {
   void* out;                // forward: y [rows, sum n].  backward: dx [rows, k]
   float* stats;             // LayerNorm prologue: written by forward (may be null), read by backward
   uint8_t* code;            // GELU's derivative (activation_impl.h), written by forward: of the prologue's, k a multiple of
-                            // 32, read by backward instead of x; or with `gelu`, sum n a multiple of 32; or null
+                            // 32, read by backward instead of x; or of `then`, sum n a multiple of 32; or null
   int64_t rows;
   int k, count, prologue;
-  int gelu;                 // forward: out = gelu(y)
+  int then;                 // forward: out = then(y), FP_IDENTITY, FP_RELU or FP_GELU
   float eps;
 };
 // forward: out = act(x), out null for x activated already; backward: out = scale * x * act'. act: FP_RELU or, with k a

@@ -86,7 +86,7 @@ template <class E> struct DirectLinear {
   }
 
   static void forward(const fp_linear& a, int64_t n, const Weights& b, const float* bias, const float* gamma, const float* beta, size_t large) {
-    const bool coded = a.code && !a.gelu;  // a row's code is written by one thread
+    const bool coded = a.code && !a.then;  // a row's code is written by one thread
     blocks(a.rows, b, b.by_columns && !coded, [&](const Block& at) {
       const int64_t m = at.m;
       const float* x = (const float*)a.x + at.row * a.k;
@@ -101,7 +101,9 @@ template <class E> struct DirectLinear {
       by_store((float*)a.out, a.rows, n, large, [&](auto past) {
         auto ask = [=](Ahead& ahead, int64_t j) { if (!past) next_panel(ahead, y, n, m, j); };
         auto plain = [=](int64_t i, int64_t j, int64_t lanes, vf s) FP_INLINED { put(past, y + i * n + j, s + load(bias + j), lanes); };
-        if (a.gelu) return forward_gelu(a, at, b, bias, y, past, left);
+        auto relu = [=](int64_t i, int64_t j, int64_t lanes, vf s) FP_INLINED { put(past, y + i * n + j, activate(RELU, s + load(bias + j)), lanes); };
+        if (a.then == FP_GELU) return forward_gelu(a, at, b, bias, y, past, left);
+        if (a.then == FP_RELU) return block<FROM_REGISTERS>(at, b, panels(at, b), left, ask, relu);
         block<FROM_REGISTERS>(at, b, panels(at, b), left, ask, plain);
       });
     });
@@ -123,7 +125,7 @@ template <class E> struct DirectLinear {
   }
   static void prologue(const fp_linear& a, const float* x, int64_t row, float* stats, int64_t k0, int64_t kn, const float* gamma,
                        const float* beta, float* out) {
-    if (a.code && !a.gelu) {
+    if (a.code && !a.then) {
       memcpy(out, x + k0, kn * 4);
       return GeluCode::activate_row(out, kn, a.code + row * GeluCode::row_bytes(a.k), a.k, k0);
     }

@@ -101,7 +101,7 @@ template <class T, class E> struct Linear {
             E::put_a_row(ap, kn, i, row + k0);
           } else {
             load_row(x + i * a.k + k0, row, kn, E::pad_k(kn));
-            if (a.code && !a.gelu)
+            if (a.code && !a.then)
               GeluCode::activate_row(row, kn, a.code + (r0 + i) * GeluCode::row_bytes(a.k), a.k, k0);
             else if (a.prologue == FP_PROLOGUE_GELU)
               for (int64_t j = 0; j < kn; j += VL) store(row + j, activate(GELU, load(row + j)));
@@ -115,8 +115,8 @@ template <class T, class E> struct Linear {
           T* y = (T*)a.out + (r0 + i) * n + j0;
           for (int64_t j = 0; j < nc; j += VL) {
             vf v = load(c + i * E::NP + j) + load(bias + j0 + j);
-            if (a.gelu && a.code) GeluCode::put_vector(a.code + (r0 + i) * GeluCode::row_bytes(n), n, j0 + j, activate_grad(GELU, v));
-            if (a.gelu) v = activate(GELU, v);
+            if (a.then && a.code) GeluCode::put_vector(a.code + (r0 + i) * GeluCode::row_bytes(n), n, j0 + j, activate_grad(GELU, v));
+            if (a.then) v = activate(a.then == FP_RELU ? RELU : GELU, v);
             large ? stream(y + j, v, nc - j) : store(y + j, v, nc - j);
           }
         }

@@ -90,10 +90,10 @@ class _FusedLayer(Fused):
             route(task)
 
     def _feed_forward(self, x):
-        h = self._linear(x, self.fc1, slot="fc1")
         dropped = self.training and self.activation_dropout > 0
         if exact_gelu(self.activation_fn) and not dropped:
-            return self._linear(h, self.fc2, slot="fc2", activation="gelu")
+            return self._linear(x, self.fc2, slot="fc2", behind=self.fc1)
+        h = self._linear(x, self.fc1, slot="fc1")
         h = activate(h, self.activation_fn, self.activation_dropout, self.training, self._fastpetl_backend)
         return self._linear(h, self.fc2, slot="fc2")
 

@@ -91,10 +91,9 @@ class FeedForward(Fused):
         if self._declines(self.structure_of(self), x):
             return None
         inner, outer = self.intermediate, self.output
-        h = self._linear(x, inner.dense, slot="fc1")
-        exact = exact_gelu(inner.intermediate_act_fn)
-        h = h if exact else inner.intermediate_act_fn(h)
-        options = {"slot": "fc2", "activation": "gelu" if exact else None}
+        h, options = x, {"slot": "fc2", "behind": inner.dense}
+        if not exact_gelu(inner.intermediate_act_fn):
+            h, options = inner.intermediate_act_fn(self._linear(x, inner.dense, slot="fc1")), {"slot": "fc2"}
         return self._output(h, outer.dense, outer.dropout, x, outer.LayerNorm, "inputs", **options)
 
 

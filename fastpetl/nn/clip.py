@@ -43,9 +43,9 @@ class FusedCLIPMLP(Fused, hf.CLIPMLP):
     def forward(self, hidden_states):
         if self._declines(MLP, hidden_states):
             return super().forward(hidden_states)
-        h = self._linear(hidden_states, self.fc1, slot="fc1")
         if exact_gelu(self.activation_fn):
-            return self._linear(h, self.fc2, slot="fc2", activation="gelu")
+            return self._linear(hidden_states, self.fc2, slot="fc2", behind=self.fc1)
+        h = self._linear(hidden_states, self.fc1, slot="fc1")
         return self._linear(self.activation_fn(h), self.fc2, slot="fc2")
 
 

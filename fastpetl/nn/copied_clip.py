@@ -42,9 +42,9 @@ class CopiedCLIPBlock(Fused):
             return super().forward(x, *masks, **named)
         x = x + self._attention(self.ln_1(x))
         mlp, act = self.mlp, self.mlp.gelu
-        h = self._linear(self.ln_2(x), mlp.c_fc, slot="fc1")
         if exact_gelu(act):
-            return x + self._linear(h, mlp.c_proj, slot="fc2", activation="gelu")
+            return x + self._linear(self.ln_2(x), mlp.c_proj, slot="fc2", behind=mlp.c_fc)
+        h = self._linear(self.ln_2(x), mlp.c_fc, slot="fc1")
         return x + self._linear(act(h), mlp.c_proj, slot="fc2")
 
     def _attention(self, x):

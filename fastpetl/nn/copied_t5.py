@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from fastpetl.nn.inline import note_fallback, tensor_reason
-from fastpetl.nn.parts import Fused, activate, attend, drop, exact_gelu, heads
+from fastpetl.nn.parts import Fused, activate, attend, drop, heads, inlined
 from fastpetl.nn.t5 import DENSE, GATED, PROJECTIONS
 
 
@@ -98,9 +98,10 @@ class CopiedT5DenseReluDense(Fused):
         if self._declines(DENSE, hidden_states):
             return super().forward(hidden_states)
         act = getattr(self, "act", F.relu)
+        name = None if self.dropout.training and self.dropout.p > 0 else inlined(act)
+        if name is not None:
+            return self._linear(hidden_states, self.wo, slot="wo", behind=self.wi, activation=name)
         h = self._linear(hidden_states, self.wi, slot="wi")
-        if exact_gelu(act) and not (self.dropout.training and self.dropout.p > 0):
-            return self._linear(h, self.wo, slot="wo", activation="gelu")
         h = activate(h, act, self.dropout.p, self.dropout.training, self._fastpetl_backend)
         return self._linear(h, self.wo, slot="wo")
 

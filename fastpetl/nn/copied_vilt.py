@@ -128,9 +128,13 @@ class CopiedBlock:
 
     def _mlp(self, x):
         mlp = self.mlp
-        h = self._linear(x, mlp.fc1, norm=_norm(self.norm2))
         if _exact_gelu(mlp.act) and not (mlp.drop.training and mlp.drop.p > 0):
-            return self._linear(h, mlp.fc2, activation="gelu")
+            from fastpetl import ops
+            from fastpetl.backends import for_op
+
+            options = {"norm": _norm(self.norm2), "backend": for_op("linear", self._fastpetl_backend)}
+            return ops.feed_forward(x, mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight, mlp.fc2.bias, **options)
+        h = self._linear(x, mlp.fc1, norm=_norm(self.norm2))
         return _drop(self._linear(_drop(mlp.act(h), mlp.drop), mlp.fc2), mlp.drop)
 
     def _site(self, name, x, f):

@@ -28,10 +28,13 @@ class Fused:
             note_fallback(self, reason)
         return reason is not None
 
-    def _linear(self, x: torch.Tensor, *linears: nn.Linear, slot: str, activation: str | None = None, adapt=True):
-        """Semantics: [linear_1(a(x)), linear_2(a(x)), ...] side by side, a = gelu (erf) or nothing. slot: the name of
-        the cache for the packed weights; in inference only, where memory is at its lowest. Linears with LoRA are taken
-        merged where they can be, else called; an adapted linear's output is adapted, unless adapt is False.
+    def _linear(
+        self, x, *linears: nn.Linear, slot: str, behind: nn.Linear | None = None, activation: str = "gelu", adapt=True
+    ) -> torch.Tensor:
+        """Semantics: [linear_1(x), linear_2(x), ...] side by side; or, behind another, linear(activation(behind(x))).
+        slot: the name of the cache for the packed weights; in inference only, where memory is at its lowest. Linears
+        with LoRA are taken merged where they can be, else called; an adapted linear's output is adapted, unless adapt
+        is False.
         """
         from fastpetl import ops
 
@@ -40,9 +43,13 @@ class Fused:
         weights = tuple(linear.merged(x) if type(linear) is FusedLoRALinear else linear.weight for linear in linears)
         biases = None if linears[0].bias is None else tuple(linear.bias for linear in linears)
         backend = self._op("linear")
-        # x is ours where there is an activation: the linear before it made it.
-        options = {"activation": activation, "backend": backend, "overwrite": activation is not None}
-        y = ops.linear(x, weights, biases, cache=self._pack(slot), **options)
+        if behind is None:
+            y = ops.linear(x, weights, biases, cache=self._pack(slot), backend=backend)
+        else:
+            first = behind.merged(x) if type(behind) is FusedLoRALinear else behind.weight
+            caches, bias = (self._pack(f"before {slot}"), self._pack(slot)), None if biases is None else biases[0]
+            options = {"activation": activation, "backend": backend, "caches": caches}
+            y = ops.feed_forward(x, first, behind.bias, *weights, bias, **options)
         return linears[0].adapted(y) if adapt and type(linears[0]) is AdaptedLinear else y
 
     def _one(self, x, linear, slot: str) -> torch.Tensor:
@@ -133,6 +140,11 @@ def exact_gelu(activation) -> bool:
     if type(activation) is GELUActivation:
         return activation.act is F.gelu
     return activation is F.gelu or (type(activation) is nn.GELU and activation.approximate == "none")
+
+
+def inlined(activation) -> str | None:
+    """Semantics: the activation's name for `ops.feed_forward`; None: it is to be called."""
+    return "gelu" if exact_gelu(activation) else "relu" if is_relu(activation) else None
 
 
 def drop(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:

@@ -8,7 +8,7 @@ from transformers.models.t5 import modeling_t5 as hf
 
 from fastpetl.nn.inline import note_fallback, structure, tensor_reason
 from fastpetl.nn.lora import LoRALinear, beside_others
-from fastpetl.nn.parts import Fused, activate, cached_keys, drop, exact_gelu, heads, interface
+from fastpetl.nn.parts import Fused, activate, cached_keys, drop, heads, inlined, interface
 
 LORA_PROJECTIONS = structure(k=nn.Linear, o=nn.Linear)  # LoRALinears are called, or merged
 PROJECTIONS = structure(q=nn.Linear, k=nn.Linear, v=nn.Linear, o=nn.Linear)
@@ -103,9 +103,10 @@ class FusedT5DenseActDense(Fused, hf.T5DenseActDense):
     def forward(self, hidden_states):
         if self._declines(DENSE, hidden_states):
             return super().forward(hidden_states)
+        name = None if self.dropout.training and self.dropout.p > 0 else inlined(self.act)
+        if name is not None:
+            return self._linear(hidden_states, self.wo, slot="wo", behind=self.wi, activation=name)
         h = self._linear(hidden_states, self.wi, slot="wi")
-        if exact_gelu(self.act) and not (self.dropout.training and self.dropout.p > 0):
-            return self._linear(h, self.wo, slot="wo", activation="gelu")
         h = activate(h, self.act, self.dropout.p, self.dropout.training, self._fastpetl_backend)
         return self._linear(h, self.wo, slot="wo")
 

@@ -95,7 +95,7 @@ class _FusedBlock:
 
         linear = for_op("linear", self._fastpetl_backend)
         packs = self._packs()
-        attention, proj, mlp, out = self.attention.attention, self.attention.output, self.intermediate, self.output
+        attention, proj, out = self.attention.attention, self.attention.output, self.output
         qkv = (attention.query, attention.key, attention.value)
         if all(type(one) is nn.Linear or beside_others((one,), x) for one in qkv):
             norm = _norm(self.layernorm_before)
@@ -105,19 +105,26 @@ class _FusedBlock:
             h = torch.cat([one(n) for one in qkv], -1)
         h = _attend(attention, h, attention_mask, for_op("attention", self._fastpetl_backend))
         h = ops.linear(h, *_side_by_side(x, proj.dense), backend=linear, cache=packs[1])
-        f, fc1 = _drop(_adapted(proj.dense, h), proj.dropout), _side_by_side(x, mlp.dense)
+        f = _drop(_adapted(proj.dense, h), proj.dropout)
         if self._norm_in_site(x, linear):
             x, h = self._normed_site(x, f, self.layernorm_after)
-            h = ops.linear(h, *fc1, backend=linear, cache=packs[2])
+            h = self._feed_forward(h, None, linear, packs[2:])
         else:
             x = self._site(0, x, f)
-            h = ops.linear(x, *fc1, norm=_norm(self.layernorm_after), backend=linear, cache=packs[2])
-        gelu = exact_gelu(mlp.intermediate_act_fn)
-        if not gelu:
-            h = mlp.intermediate_act_fn(h)
-        activation = "gelu" if gelu else None
-        h = ops.linear(h, *_side_by_side(x, out.dense), activation=activation, backend=linear, cache=packs[3])
+            h = self._feed_forward(x, _norm(self.layernorm_after), linear, packs[2:])
         return self._site(1, x, _drop(_adapted(out.dense, h), out.dropout))
+
+    def _feed_forward(self, x, norm, backend: str, packs: tuple) -> torch.Tensor:
+        from fastpetl import ops
+
+        inner, out = self.intermediate, self.output
+        (w1,), b1 = _side_by_side(x, inner.dense)
+        if exact_gelu(inner.intermediate_act_fn):
+            (w2,), b2 = _side_by_side(x, out.dense)
+            biases = (None if b is None else b[0] for b in (b1, b2))
+            return ops.feed_forward(x, w1, next(biases), w2, next(biases), norm=norm, backend=backend, caches=packs)
+        h = inner.intermediate_act_fn(ops.linear(x, w1, b1, norm=norm, backend=backend, cache=packs[0]))
+        return ops.linear(h, *_side_by_side(h, out.dense), backend=backend, cache=packs[1])
 
     def _norm_in_site(self, x, linear: str) -> bool:
         """Is the norm behind the first site cheaper there than in the linear that reads it?"""
@@ -154,6 +161,8 @@ class FusedDASViltLayer(_FusedBlock, DASViltLayer):
 
         backend = backends.for_op("adapter", self._fastpetl_backend)
         device, dtype = x.device.type, x.dtype
+        if x.is_cpu and dtype == torch.float32 and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return backends.if_served("site", backend, device, dtype) == "cpp"  # its backward adds both gradients of x
         if backends.if_served_constant("site", backend, device, dtype) in (None, "composed"):
             return False
         # torch's linear would norm in a kernel of its own

@@ -9,6 +9,7 @@ from .adapter import adapter, adapter_reference
 from .attention import attention, attention_reference
 from .cross_attention import cross_attention, cross_attention_reference, cross_attention_saves
 from .dropout import dropout, dropout_reference, relu_dropout, relu_dropout_reference
+from .feed_forward import feed_forward, feed_forward_reference
 from .hyper import HyperWeights, hyper_adapter, hyper_adapter_reference, hyper_embedding, hyper_weights
 from .linear import PackCache, linear, linear_reference
 from .lora import lora_linear, lora_linear_reference, lora_weight, merge_lora
@@ -43,6 +44,8 @@ __all__ = [
     "cross_attention_saves",
     "dropout",
     "dropout_reference",
+    "feed_forward",
+    "feed_forward_reference",
     "hyper_adapter",
     "hyper_adapter_reference",
     "hyper_embedding",

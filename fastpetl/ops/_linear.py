@@ -41,8 +41,9 @@ def run_forward(backend, x, weights, biases, prologue, weight, bias, eps, cache=
     names = _serving(backend, x)
     args = (x, weights, biases, prologue, weight, bias, eps)
 
-    def runs():
-        return {n: lambda n=n: _FORWARD[n](*args, cache)[0] for n in names}
+    def runs():  # a cache holds one backend's pack: each is measured with its own, as it is used
+        own = {n: None if cache is None else type(cache)() for n in names}
+        return {n: lambda n=n: _FORWARD[n](*args, own[n])[0] for n in names}
 
     name = _choose("forward", names, runs, x, weights, prologue, cache)
     return _FORWARD[name](*args, cache)
