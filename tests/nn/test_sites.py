@@ -44,10 +44,26 @@ def test_the_condition_asks_the_backends(monkeypatch):
     monkeypatch.setattr(fastpetl.backends, "if_served_constant", lambda op, *_: answers[op])
     choice = fastpetl.backends.Choice
     monkeypatch.setattr(fastpetl.backends, "resolve_constant", lambda op, *_: choice(answers[op], ""))
-    assert layer._norm_in_site(x, "auto")
-    for change in ({"site": "composed"}, {"site": None}, {"linear": "cpp"}):
-        answers.update({"site": "triton", "linear": "torch"} | change)
+    with torch.no_grad():
+        assert layer._norm_in_site(x, "auto")
+        for change in ({"site": "composed"}, {"site": None}, {"linear": "cpp"}):
+            answers.update({"site": "triton", "linear": "torch"} | change)
+            assert not layer._norm_in_site(x, "auto")
+
+
+def test_in_training_on_the_cpu_the_site_norms(sites):
+    patched, _ = pair()
+    layer, x = patched.vilt.encoder.layer[0], torch.randn(1, 2, 32)
+    assert layer._norm_in_site(x, "auto") and not layer._norm_in_site(x.bfloat16(), "auto")
+    with torch.no_grad():
         assert not layer._norm_in_site(x, "auto")
+    layer(x)[0].sum().backward()
+    assert [spec.emit for spec in sites] == ["both"]
+    fastpetl.unpatch(patched)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTPETL_BACKEND", "reference")
+        composed, _ = pair()
+        assert not composed.vilt.encoder.layer[0]._norm_in_site(x, "auto")
 
 
 def test_a_specification_is_made_once_for_equal_layers():
