@@ -151,8 +151,10 @@ def _weight_gradients(sums, w_down, norm_weight, norm_bias, tasks, scale, needs,
 
 
 def _options(cfg, d, r):
-    warps = max(cfg.num_warps, 8 if cfg.block_m >= 64 else 0)  # 64-bit row numbers: 4 warps have no registers to spare
-    return dict(D=d, R=r, R1=cfg.r1, R2=cfg.r2, BM=cfg.block_m, BK=cfg.block_k, BN=cfg.block_n, NS=cfg.num_stages,
+    # 64-bit row numbers take registers: 4 warps have none to spare, nor 8 at r = 192 on sm_80 with steps of 64
+    tall = cfg.block_m >= 64
+    warps, step = max(cfg.num_warps, 8 * tall), min(cfg.block_k, 32 if tall and cfg.r2 >= 64 else cfg.block_k)
+    return dict(D=d, R=r, R1=cfg.r1, R2=cfg.r2, BM=cfg.block_m, BK=step, BN=cfg.block_n, NS=cfg.num_stages,
                 num_warps=warps, num_stages=cfg.num_stages)  # fmt: skip
 
 
