@@ -3,7 +3,8 @@
     python tests/kernels/aot_compile.py [--op adapter] [--full] [--archs 80,90,100] [--workers 2]
 
 One JSON line per compiled kernel: architecture, element type, sizes, kernel, registers per thread, bytes of stack and
-of local memory, bytes of shared memory, barriers it asks for, how often tensor-core and local-memory instructions are.
+of local memory, bytes of shared memory, barriers it asks for, how often tensor-core instructions are; with --full also
+how often the machine's others are that matter here.
 A fake driver answers Triton's questions about the GPU; every launch becomes `warmup`, which compiles exactly what the
 launch would run. Run as a process of its own: Triton decides at import whether it interprets or compiles.
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -35,6 +37,7 @@ from fastpetl.kernels import rows as row_kernels  # noqa: E402
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "FFMA", "LDL", "STL", "LDGSTS")
+IN_PTX = {"HMMA": "mma.sync", "HGMMA": "wgmma.mma_async", "UTCHMMA": "tcgen05.mma"}  # what ptxas makes each of
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -60,27 +63,38 @@ class FakeDriver:
         return type_name
 
 
-@functools.cache  # several calls launch the same kernel, and the tools take longer than compiling a small one
-def inspect(cubin: bytes) -> tuple[dict, dict]:
-    """Semantics: ({"REG", "STACK", "LOCAL": number}, {instruction: how often it stands in the code})."""
+def tool(name: str, *options: str, cubin: bytes) -> str:
+    """Semantics: what one of CUDA's tools prints about machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
         f.write(cubin)
         f.flush()
-        usage = subprocess.run([TOOLS / "cuobjdump", "--dump-resource-usage", f.name], capture_output=True, text=True)
-        sass = subprocess.run([TOOLS / "nvdisasm", "-c", "--no-dataflow", f.name], capture_output=True, text=True)
-    found = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout))
-    if not sass.stdout or len(found) != 3:
-        raise RuntimeError(f"no resource usage: {usage.stderr} {sass.stderr}")
-    return found, {name: len(re.findall(rf"\b{name}\b", sass.stdout)) for name in INSTRUCTIONS}
+        done = subprocess.run([TOOLS / name, *options, f.name], capture_output=True, text=True)
+    if not done.stdout:
+        raise RuntimeError(f"{name} says nothing: {done.stderr}")
+    return done.stdout
 
 
-def resources(compiled) -> dict:
-    """Registers, stack, local and shared memory, instruction counts: read from the machine code (no driver to ask)."""
-    found, counts = inspect(compiled.asm["cubin"])
+@functools.cache  # several calls launch the same kernel, and the disassembler takes longer than compiling a small one
+def disassembled(cubin: bytes) -> dict:
+    """Semantics: {instruction: how often it stands in the machine code}."""
+    sass = tool("nvdisasm", "-c", "--no-dataflow", cubin=cubin)
+    return {name: len(re.findall(rf"\b{name}\b", sass)) for name in INSTRUCTIONS}
+
+
+def resources(compiled, disassemble: bool) -> dict:
+    """Registers, stack, local and shared memory, instruction counts: read from the code (no driver to ask)."""
+    found = re.findall(
+        r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "--dump-resource-usage", cubin=compiled.asm["cubin"])
+    )
+    found = {name: int(number) for name, number in found}
+    if disassemble:
+        counts = disassembled(compiled.asm["cubin"])
+    else:
+        counts = {name: len(re.findall(rf"\s{re.escape(text)}", compiled.asm["ptx"])) for name, text in IN_PTX.items()}
     return dict(
-        registers=int(found["REG"]),
-        stack=int(found["STACK"]),
-        local=int(found["LOCAL"]),
+        registers=found["REG"],
+        stack=found["STACK"],
+        local=found["LOCAL"],
         shared=compiled.metadata.shared,
         barriers=len(re.findall(r"\bbarrier\b", compiled.asm["ttgir"])),  # the kernel's own, not those that Triton adds
         instructions={k: v for k, v in counts.items() if v},
@@ -176,7 +190,7 @@ CALLS = {
 }
 
 
-def compile_job(job) -> list[dict]:
+def compile_job(job, disassemble: bool = False) -> list[dict]:
     """All kernels one call launches. job: op, arch, dtype, and what the op's call above takes."""
     job = dict(job)
     op, arch, name = (job.pop(k) for k in ("op", "arch", "dtype"))
@@ -191,7 +205,7 @@ def compile_job(job) -> list[dict]:
         report.append(
             dict(op=op, arch=arch, dtype=name, kernel=kernel.__name__, constants=constants, **job)
             | dict(seconds=round(time.time() - start, 2))
-            | resources(compiled)
+            | resources(compiled, disassemble)
         )
 
     launching.launch = warmup
@@ -209,18 +223,15 @@ def table_rows(kind, direction, r):
 
 
 def adapter_jobs(archs):
-    """DAS's bottlenecks at ViLT's width (96, 192; 288 is split), fp32, fp16 (192), on sm_90: what every run of the
-    suite compiles. On the others the most used one, and on sm_80, which has the least shared memory, the widest.
+    """What every run of the suite compiles, at ViLT's width: DAS's bottlenecks (96, 192; 288 is split), each element
+    type, each architecture, few and many rows. sm_80 has the least shared memory, and gets the widest.
     """
-    most, wide = ("bf16", 96, 10**6), ("bf16", 192, 10**6)
-    sizes = {80: (most, wide), 90: (most, ("fp32", 96, 10**6), ("bf16", 96, 1000))}
+    most, sizes = ("bf16", 96, 10**6), {80: [("fp16", 192, 10**6)]}
+    sizes[90] = [most, ("bf16", 96, 1000), ("fp32", 96, 10**6), ("bf16", 288, 10**6)]
     for arch in archs:
-        for dtype, r, rows in sizes.get(arch, (most,)):
+        for dtype, r, rows in sizes.get(arch, [most]):
             for direction in ("forward", "backward"):
                 yield dict(arch=arch, dtype=dtype, direction=direction, d=768, r=r, rows=rows)
-    for direction in ("forward", "backward"):
-        for dtype, r in (("fp16", 192), ("bf16", 288)):
-            yield dict(arch=90, dtype=dtype, direction=direction, d=768, r=r, rows=10**6)
 
 
 def all_adapter_jobs(archs):
@@ -237,37 +248,39 @@ def all_adapter_jobs(archs):
                     yield dict(arch=arch, dtype=dtype, direction=direction, d=768, r=96, rows=10**6) | extra
 
 
+LEAN = {"site_forward": dict(tail=2, emit_s=False, save=False), "site_backward": dict(tail=2, emit_s=False, needs=127)}
+
+
 def site_jobs(archs):
-    """DAS's bottlenecks but 288, which is split: then nothing of the site's own compiles. What inference asks for."""
-    many = dict(dtype="bf16", d=768, rows=10**6)
-    for direction in ("site_forward", "site_backward"):
+    """As adapter_jobs, but 288, which is split: then nothing of the site's own compiles. With few rows and in fp32 what
+    inference asks for, and its counterpart.
+    """
+    for direction, lean in LEAN.items():
+        many = dict(direction=direction, dtype="bf16", d=768, r=96, rows=10**6)
         for arch in archs:
-            yield many | dict(arch=arch, direction=direction, r=96)
-        yield many | dict(arch=90, direction=direction, r=96, rows=1000)
-    yield many | dict(arch=80, direction="site_backward", r=192)
-    yield many | dict(arch=90, direction="site_backward", r=96, dtype="fp32")
-    yield many | dict(arch=90, direction="site_forward", r=192, emit_s=False, save=False, tail=2)
-    yield many | dict(arch=90, direction="site_backward", r=192, emit_s=False, needs=127, tail=2)
+            yield many | dict(arch=arch) | (dict(dtype="fp16", r=192) if arch == 80 else {})
+        yield many | dict(arch=90, rows=1000) | lean
+        yield many | dict(arch=90, dtype="fp32") | lean
 
 
 def all_site_jobs(archs):
     """As all_adapter_jobs; the leanest call at one size."""
     for arch in archs:
-        lean = dict(arch=arch, dtype="bf16", d=768, r=96, rows=10**6, tail=2, emit_s=False)
-        yield lean | dict(direction="site_forward", save=False)
-        yield lean | dict(direction="site_backward", needs=127)
+        for r in (96, 192):
+            for direction, lean in LEAN.items():
+                yield dict(arch=arch, dtype="bf16", direction=direction, d=768, r=r, rows=10**6) | lean
     for job in all_adapter_jobs(archs):
         if job["r"] <= 256:
             yield job | dict(direction="site_" + job["direction"])
 
 
 def multi_adapter_jobs(archs):
-    """VL-Adapter's bottlenecks on each architecture; the widest there is, fp32, fp16 and no norm on one."""
-    for direction in ("forward", "backward"):
-        for arch in archs:
-            yield dict(arch=arch, dtype="bf16", direction=direction, d=768, r=96, rows=16_000)
-        for dtype, r in (("bf16", 256), ("fp32", 96), ("fp16", 192)):
-            yield dict(arch=90, dtype=dtype, direction=direction, d=768, r=r, rows=48_000)
+    """VL-Adapter's bottlenecks and the widest there is, each element type, each architecture."""
+    sizes = {80: [("fp16", 192)], 90: [("bf16", 256), ("fp32", 96)]}
+    for arch in archs:
+        for dtype, r in sizes.get(arch, [("bf16", 96)]):
+            for direction in ("forward", "backward"):
+                yield dict(arch=arch, dtype=dtype, direction=direction, d=768, r=r, rows=16_000)
 
 
 def all_multi_adapter_jobs(archs):
@@ -288,9 +301,9 @@ def residual_norm_jobs(archs):
     """ViLT's width with everything asked for; fp32 holds the most, an odd width draws a word for each element."""
     for direction in ("forward", "backward"):
         for arch in archs:
-            yield dict(arch=arch, dtype="bf16", direction=direction, d=768)
+            odd = dict(dtype="fp16", d=1130, tail=2) if arch == 80 else {}
+            yield dict(arch=arch, dtype="bf16", direction=direction, d=768) | odd
         yield dict(arch=90, dtype="fp32", direction=direction, d=4096)
-        yield dict(arch=80, dtype="fp16", direction=direction, d=1130, tail=2)
 
 
 def all_residual_norm_jobs(archs):
@@ -354,8 +367,9 @@ def main(argv=None):
     jobs = [dict(op=op, **job) for op in args.op.split(",") for job in JOBS[op][args.full](archs)]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        with multiprocessing.get_context("spawn").Pool(args.workers) as pool:
-            for report in pool.imap_unordered(compile_job, jobs):
+        with multiprocessing.get_context("spawn").Pool(args.workers) if args.workers > 1 else nullcontext() as pool:
+            compile_one = functools.partial(compile_job, disassemble=args.full)
+            for report in pool.imap_unordered(compile_one, jobs) if pool else map(compile_one, jobs):
                 for line in report:
                     print(json.dumps(line), flush=True)
 
