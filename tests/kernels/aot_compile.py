@@ -226,8 +226,8 @@ def adapter_jobs(archs):
     """What every run of the suite compiles, at ViLT's width: DAS's bottlenecks (96, 192; 288 is split), each element
     type, each architecture, few and many rows. sm_80 has the least shared memory, and gets the widest.
     """
-    most, sizes = ("bf16", 96, 10**6), {80: [("fp16", 192, 10**6)]}
-    sizes[90] = [most, ("bf16", 96, 1000), ("fp32", 96, 10**6), ("bf16", 288, 10**6)]
+    most, sizes = ("bf16", 96, 10**6), {80: [("bf16", 192, 10**6)]}
+    sizes[90] = [most, ("fp16", 96, 1000), ("fp32", 96, 10**6), ("bf16", 288, 10**6)]
     for arch in archs:
         for dtype, r, rows in sizes.get(arch, [most]):
             for direction in ("forward", "backward"):
@@ -258,8 +258,8 @@ def site_jobs(archs):
     for direction, lean in LEAN.items():
         many = dict(direction=direction, dtype="bf16", d=768, r=96, rows=10**6)
         for arch in archs:
-            yield many | dict(arch=arch) | (dict(dtype="fp16", r=192) if arch == 80 else {})
-        yield many | dict(arch=90, rows=1000) | lean
+            yield many | dict(arch=arch) | (dict(r=192) if arch == 80 else {})
+        yield many | dict(arch=90, dtype="fp16", rows=1000) | lean
         yield many | dict(arch=90, dtype="fp32") | lean
 
 
@@ -276,7 +276,7 @@ def all_site_jobs(archs):
 
 def multi_adapter_jobs(archs):
     """VL-Adapter's bottlenecks and the widest there is, each element type, each architecture."""
-    sizes = {80: [("fp16", 192)], 90: [("bf16", 256), ("fp32", 96)]}
+    sizes = {80: [("bf16", 192)], 90: [("bf16", 256), ("fp32", 96)], 100: [("fp16", 96)]}
     for arch in archs:
         for dtype, r in sizes.get(arch, [("bf16", 96)]):
             for direction in ("forward", "backward"):
