@@ -38,13 +38,25 @@ if os.environ.get("TRITON_INTERPRET") == "1" and all(map(importlib.util.find_spe
     import interp_patch  # noqa: E402, F401  (corrects the interpreter's bf16)
 
 
+def what_is_there_stays():
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_collection_finish():
     """What importing and collecting made stays to the end: the garbage collector need not look at it each time, nor as
     often as it does by default, where a model is thousands of objects.
     """
-    gc.collect()
-    gc.freeze()
+    what_is_there_stays()
     gc.set_threshold(50_000, 20, 20)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item, nextitem):
+    """So does what a file's tests leave behind (torch.compile's graphs): the benchmarks collect after every round."""
+    yield
+    if nextitem is None or nextitem.path != item.path:
+        what_is_there_stays()
 
 
 def pytest_unconfigure():
