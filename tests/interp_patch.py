@@ -5,6 +5,8 @@ bits as integers; its fp32 -> bf16 conversion truncates where a GPU rounds to ne
 Here bf16 goes through fp32 and back, as on a GPU. Reductions over bf16, which the compiler promotes, are refused.
 """
 
+import inspect
+
 import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
@@ -93,8 +95,29 @@ def _patch_index():
     interpreter._patch_lang_tensor = patch
 
 
+def _patch_once():
+    """Every call of a device function patches triton.language anew, which its launch has done and which takes most of
+    a program's time.
+    """
+    stock, patched = interpreter._patch_lang, set()  # of the launch under way
+
+    def patch_lang(fn):
+        found = {id(v) for v in fn.__globals__.values() if inspect.ismodule(v) and v in (tl, tl.core)}
+        if found and found <= patched:
+            return None  # a device function's: nobody asks for it
+        launch, scope = not patched, stock(fn)
+        patched.update(found)
+        if launch:
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        return scope
+
+    interpreter._patch_lang = patch_lang
+
+
 _patch_convert()
 _patch_builder()
 _refuse_bf16(interpreter.ReduceOps)
 _refuse_bf16(interpreter.ScanOps)
 _patch_index()
+_patch_once()
