@@ -5,6 +5,8 @@ bits as integers; its fp32 -> bf16 conversion truncates where a GPU rounds to ne
 Here bf16 goes through fp32 and back, as on a GPU. Reductions over bf16, which the compiler promotes, are refused.
 """
 
+import dataclasses
+import functools
 import inspect
 
 import numpy as np
@@ -101,12 +103,15 @@ def _patch_once():
     """
     stock, patched = interpreter._patch_lang, set()  # of the launch under way
 
+    @functools.cache
+    def modules(fn):
+        return {id(v) for v in fn.__globals__.values() if inspect.ismodule(v) and v in (tl, tl.core)}
+
     def patch_lang(fn):
-        found = {id(v) for v in fn.__globals__.values() if inspect.ismodule(v) and v in (tl, tl.core)}
-        if found and found <= patched:
+        if patched and modules(fn) <= patched:
             return None  # a device function's: nobody asks for it
         launch, scope = not patched, stock(fn)
-        patched.update(found)
+        patched.update(modules(fn))
         if launch:
             restore = scope.restore
             scope.restore = lambda: (patched.clear(), restore())
@@ -115,9 +120,17 @@ def _patch_once():
     interpreter._patch_lang = patch_lang
 
 
+def _compute_no_overflow():
+    """Whether an integer overflows is computed, in 64 bits, for an assertion that is only made when debugging."""
+    builder = interpreter.interpreter_builder
+    if not builder.options.debug:
+        builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+
 _patch_convert()
 _patch_builder()
 _refuse_bf16(interpreter.ReduceOps)
 _refuse_bf16(interpreter.ScanOps)
 _patch_index()
 _patch_once()
+_compute_no_overflow()
