@@ -223,7 +223,7 @@ class _Turns:
             cache = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
             seen = cache.get_seq_length(i)
             seen = seen.clone() if isinstance(seen, torch.Tensor) else seen
-            keys = _hold(cache, i, x)
+            keys = hold(cache, i, x)
         if not self.blocks_are_t5:
             return x
         args = (*args, *[None] * (5 - len(args)))
@@ -238,10 +238,11 @@ class _Turns:
 # --- caches -----------------------------------------------------------------------------------------------------------
 
 
-def _hold(cache, index: int, x) -> int:
+def hold(cache, index: int, x) -> int:
     """Semantics: the layer's cache grows by the tokens of x, though nothing is there to be kept: other layers ask the
     first one for the length. Returns it.
     """
+    cache = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
     layer = cache.layers[index] if index < len(cache.layers) else None
     there = layer is not None and layer.is_initialized
     heads, size = (layer.keys.shape[1], layer.keys.shape[3]) if there else (1, 1)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import nn
+
+from fastpetl.patching._macs import layer_macs, weightless
 
 _LENGTH = 512  # tokens of a text where the configuration has no limit: what T5 was trained with
 
@@ -38,24 +38,18 @@ class SkipsSeq2Seq:
 
     def _macs(self, layer, decoder: bool, hidden: int, source: int, target: int) -> int:
         """One sample through the layer, from a copy of it without weights."""
-        from fastpetl.count import count
         from fastpetl.nn.seq2seq_skip import Pruned
 
         if isinstance(layer, Pruned):
             return 0
-        tensors = [*layer.parameters(), *layer.buffers()]
-        memo = {id(t): nn.Parameter(torch.empty_like(t, device="meta"), t.requires_grad) for t in tensors}
-        layer = copy.deepcopy(layer, memo)
-        x = torch.empty(1, target if decoder else source, hidden, device="meta", dtype=tensors[0].dtype)
-        given = {"hidden_states": x}
+        layer = weightless(layer)
+        dtype = next(layer.parameters()).dtype
+        given = {"hidden_states": torch.empty(1, target if decoder else source, hidden, device="meta", dtype=dtype)}
         if decoder:
-            given["encoder_hidden_states"] = x.new_empty(1, source, hidden)
+            given["encoder_hidden_states"] = torch.empty(1, source, hidden, device="meta", dtype=dtype)
         elif self.layers == "layers":
             given["attention_mask"] = None
-        task = next((module.tasks[0] for module in layer.modules() if getattr(module, "tasks", None)), None)
-        if hasattr(layer, "_fastpetl_task"):
-            given["task"] = task
-        return count(layer, given).macs
+        return layer_macs(layer, given)
 
     def has_shortcut_adapters(self, host) -> bool:
         return False

@@ -71,9 +71,9 @@ def skip(model: nn.Module, mask_or_plan, *, shortcut: str | None = None, capacit
     has. capacity: see `policies.Policy`. A forward reads the set once when it starts, so its backward, recomputed
     layers included, is of the layers that ran. With a mask per sample all parameters of skippable blocks get gradients,
     zeros if nobody ran them. On a CPU a sample's result does not depend on its neighbours: to the bit with
-    backend="cpp", and with "auto" (which chooses by the rows of the whole batch) or unpatched as far as torch's matrix
-    products do not depend on the number of rows: MKL's do below four rows a thread, in a step of generation. In a
-    checkpoint, whose recomputation does not know of the batch, "auto" chooses by the rows that run.
+    backend="cpp" and with "auto", which chooses for the whole batch; unpatched as far as torch's matrix products do not
+    depend on the number of rows: MKL's do below four rows a thread, in a step of generation, and in attention of one
+    short sample, which BridgeTower, whose maps are always made, leaves to torch with any backend.
     """
     family, host = registry.family_of(model, "skip")
     check_shortcut(shortcut, "skip")

@@ -77,12 +77,12 @@ def _real(mask):
     return row > -1 if row.is_floating_point() and mask.dim() == 4 else row.bool()  # additive, or what to keep
 
 
-def call(layer, rows, *args, batch: int | None = None, **kwargs):
-    """Semantics: layer(rows, *args, **kwargs); what a gradient checkpoint of it computes again is the same part of the
+def call(layer, *args, batch: int | None = None, **kwargs):
+    """Semantics: layer(*args, **kwargs); what a gradient checkpoint of it computes again is the same part of the
     batch. batch: where the rows are all there are, as many: the choices then are those made with masks per sample.
     """
     if torch.compiler.is_compiling():
-        return layer(rows, *args, **kwargs)
+        return layer(*args, **kwargs)
     from fastpetl.ops._measured import as_part, part_of
 
     checkpoint = layer.__dict__.get("_gradient_checkpointing_func")
@@ -90,7 +90,7 @@ def call(layer, rows, *args, batch: int | None = None, **kwargs):
         if checkpoint is not None:  # transformers' layers call it themselves
             layer._gradient_checkpointing_func = lambda function, *a, **k: checkpoint(as_part(function), *a, **k)
         with contextlib.nullcontext() if batch is None else part_of(batch, batch):
-            return layer(rows, *args, **kwargs)
+            return layer(*args, **kwargs)
     finally:
         if checkpoint is not None:
             layer._gradient_checkpointing_func = checkpoint
@@ -116,26 +116,13 @@ class Samples:
         """Semantics: block i. block(rows, take) and shortcut(rows) give the new rows; `parameters` are what each
         trains.
         """
-        from fastpetl.ops._measured import part_of
-
         step = self._steps[i]
         if step.move is not None:
             rows = self._rows()
             self._parts = [_select(rows, index) for index in step.move]
-        kept, skipped = self._parts
-        if len(kept):
-            scale = None if self._scale is None else _select(self._scale[:, i], step.rows)
-            with part_of(len(kept), self._batch):
-                y = block(kept, lambda t: self.take(t, i))
-            kept = _scaled(kept, y, scale)
-        else:
-            skipped = with_zero_gradients(skipped, parameters)
-        if len(skipped):
-            with part_of(len(skipped), self._batch):
-                skipped = shortcut(skipped)
-        else:
-            kept = with_zero_gradients(kept, shortcut_parameters)
-        self._parts, self._at = [kept, skipped], i
+        scale = None if self._scale is None else _select(self._scale[:, i], step.rows)
+        ran = block, lambda t: self.take(t, i), scale, shortcut, parameters, shortcut_parameters
+        self._parts, self._at = list(run_parts(*self._parts, *ran, self._batch)), i
 
     def whole(self) -> torch.Tensor:
         """Semantics: all samples in their order, [B * copies, ...]."""
@@ -178,6 +165,26 @@ class Samples:
         return torch.cat(self._parts) if len(kept) and len(skipped) else (kept if len(kept) else skipped)
 
 
+def run_parts(kept, skipped, block, take, scale, shortcut, parameters, shortcut_parameters, batch: int) -> tuple:
+    """Semantics: (block(kept, take), shortcut(skipped)), scaled; zero gradients for what has no rows. batch: the number
+    of samples that backends are chosen for.
+    """
+    from fastpetl.ops._measured import part_of
+
+    if len(kept):
+        with part_of(len(kept), batch):
+            y = block(kept, take)
+        kept = _scaled(kept, y, scale)
+    else:
+        skipped = with_zero_gradients(skipped, parameters)
+    if len(skipped):
+        with part_of(len(skipped), batch):
+            skipped = shortcut(skipped)
+    else:
+        kept = with_zero_gradients(kept, shortcut_parameters)
+    return kept, skipped
+
+
 class Rows:
     """What a stream held before a block, and where each sample lies in it."""
 
@@ -210,14 +217,8 @@ def _schedule(mask, seen, batch: int, shared: bool, device):
     """
     columns, n = mask.t().tolist(), mask.shape[0]
     decided = list(zip(*(one.t().tolist() for one in seen), strict=True)) if shared else []
-    flat: list[int] = []
-
-    def index(values):
-        if values == list(range(values[0], values[0] + len(values))) if values else True:
-            return (values[0], values[-1] + 1) if values else (0, 0)
-        flat.extend(values)
-        return slice(len(flat) - len(values), len(flat))
-
+    indices = Indices()
+    index = indices.add
     at = [row % batch for row in range(n)]
     state, before = list(at), None
     steps, restore = [], [index(at)]
@@ -238,18 +239,37 @@ def _schedule(mask, seen, batch: int, shared: bool, device):
         before = own, column
         if shared:
             state, _ = _numbered(zip(state, *decided[i], strict=True))
-    tensor, views = torch.tensor(flat, dtype=torch.long).to(device), {}
-
-    def view(part):
-        if isinstance(part, slice):
-            part = views.setdefault(part.start, tensor[part])
-        return part
-
+    view = indices.on(device)
     steps = [
         _Step(None if s.move is None else tuple(map(view, s.move)), view(s.keep), view(s.rows), s.skipped)
         for s in steps
     ]
     return steps, [view(part) for part in restore]
+
+
+class Indices:
+    """Lists of indices: (start, stop) of consecutive ones, views of one tensor of the others; one transfer for all."""
+
+    def __init__(self):
+        self._flat: list[int] = []
+
+    def add(self, values: list[int]):
+        """Semantics: what stands for `values` until `on` says where they are."""
+        if values == list(range(values[0], values[0] + len(values))) if values else True:
+            return (values[0], values[-1] + 1) if values else (0, 0)
+        self._flat.extend(values)
+        return slice(len(self._flat) - len(values), len(self._flat))
+
+    def on(self, device):
+        """Semantics: a function from what `add` gave to an index on the device; the same view for the same."""
+        tensor, views = torch.tensor(self._flat, dtype=torch.long).to(device), {}
+
+        def view(part):
+            if isinstance(part, slice):
+                part = views.setdefault(part.start, tensor[part])
+            return part
+
+        return view
 
 
 def _numbered(keys) -> tuple[list[int], list[int]]:
