@@ -70,7 +70,7 @@ def clip():
 
 
 def bridgetower(**c):
-    vision = {"hidden_size": 64, "num_hidden_layers": 2, "image_size": 32, "patch_size": 16}
+    vision = {"hidden_size": 64, "num_hidden_layers": 2, "image_size": c.pop("image_size", 32), "patch_size": 16}
     top = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
     return hf.BridgeTowerModel(
         hf.BridgeTowerConfig(text_config={**TEXT, "num_hidden_layers": 2, **c}, vision_config=vision, **top)

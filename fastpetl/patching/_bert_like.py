@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastpetl.patching._prompts import TakesPrompts
 from fastpetl.patching._seq2seq import attention_check, attention_note, original_signature
 from fastpetl.patching._sites import LayerFamily
+from fastpetl.patching._turns import Blocks
 from fastpetl.patching.registry import Rule
 
 _FORWARD = {  # what the fused classes were written for
@@ -24,6 +25,13 @@ class BertLikeFamily(TakesPrompts, LayerFamily):
     outputs = OUTPUTS
     queries_and_values = ("query", "value")
     adapterhub = ((r"\.dense\.output_adapter$", ".adapters"),)  # where its adapters stand: (here, there)
+    offset = False  # are positions counted from the padding token's on?
+
+    def streams(self, host) -> list:
+        from fastpetl.nn.hf_turns import HFCalls
+
+        tokens = host.config.max_position_embeddings - (host.config.pad_token_id + 1 if self.offset else 0)
+        return [Blocks("encoder.layer", "text", HFCalls(host.config), (tokens,))]
 
 
 def text_prompts(library: str, prefix: str) -> dict:

@@ -6,30 +6,7 @@ import sys
 
 from torch import nn
 
-
-class Unskippable:
-    """The answers of a family whose blocks cannot be skipped."""
-
-    name: str
-
-    def n_blocks(self, host) -> int:
-        raise ValueError(f"skip: {self.name} layers cannot be skipped, expected one of the models DAS is about")
-
-    def blocks(self, model, host) -> list:
-        self.n_blocks(host)
-
-    def has_shortcut_adapters(self, host) -> bool:
-        return False
-
-    def get_skip(self, host):
-        return None, "identity"
-
-    def is_pruned(self, host) -> bool:
-        return False
-
-    def set_skip(self, host, values, shortcut) -> None:
-        if values is not None:
-            self.n_blocks(host)
+from fastpetl.patching._turns import SkipsTurns
 
 
 class Baselines:
@@ -194,7 +171,7 @@ class LayerTable(Baselines):
                 module.__class__ = type(module).__bases__[1]
 
 
-class LayerFamily(Unskippable, LayerTable):
+class LayerFamily(SkipsTurns, LayerTable):
     """A family whose host is one of some classes of a module of transformers, with its layers anywhere in it."""
 
     module: str

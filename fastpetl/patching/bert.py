@@ -9,7 +9,7 @@ RULES = bert_rules("bert", _HF, "Bert", ("BertLayer",), "fastpetl.nn.bert", rout
 
 
 class BertFamily(BertLikeFamily):
-    """Answers for a BertModel (the host) what attaching and counting ask."""
+    """Answers for a BertModel (the host) what attaching, skipping and counting ask."""
 
     name = "BERT (transformers)"
     module = _HF

@@ -7,6 +7,7 @@ import sys
 from fastpetl.patching._prompts import TakesPrompts
 from fastpetl.patching._seq2seq import attention_check, attention_note, original_signature
 from fastpetl.patching._sites import LayerFamily
+from fastpetl.patching._turns import Blocks
 from fastpetl.patching.registry import Rule
 
 _HF = "transformers.models.clip.modeling_clip"
@@ -50,7 +51,7 @@ RULES = (
 
 
 class ClipFamily(TakesPrompts, LayerFamily):
-    """Answers for a CLIPModel, or one of its two sides, what attaching and counting ask."""
+    """Answers for a CLIPModel, or one of its two sides, what attaching, skipping and counting ask."""
 
     name = "CLIP (transformers)"
     module = _HF
@@ -73,6 +74,25 @@ class ClipFamily(TakesPrompts, LayerFamily):
         (r"\.self_attn\.out_proj\.output_adapter$", ".attention_adapters.adapters"),
         (r"\.mlp\.fc2\.output_adapter$", ".output_adapters.adapters"),
     )
+
+    def streams(self, host) -> list:
+        from fastpetl.nn.hf_turns import HFCalls
+
+        sides = [name for name in ("text_model", "vision_model") if name in host._modules]
+        found = []
+        for group, side in enumerate(sides or [""]):  # a batch of texts and one of images
+            config = (host._modules[side] if side else host).config
+            text = hasattr(config, "vocab_size")
+            tokens = config.max_position_embeddings if text else (config.image_size // config.patch_size) ** 2 + 1
+            reason = "CLIPTextModel, which looks for each text's end in its tokens," if text else None
+            reason = "CLIPModel, which compares all texts with all images," if sides else reason
+            path, calls = f"{side}.encoder.layers".lstrip("."), HFCalls(config, one_copy=reason)
+            found.append(Blocks(path, "text" if text else "image", calls, (tokens,), group=group))
+        return found
+
+    def example(self, blocks, layer, empty) -> dict:
+        return {**super().example(blocks, layer, empty), "attention_mask": None}
+
     # One side alone is named so there, and in transformers before 5.
     adapterhub_side = {"CLIPTextModel": "text_model.", "CLIPVisionModel": "vision_model."}
 

@@ -1,8 +1,11 @@
-"""LXMERT (Hugging Face transformers): patch rules."""
+"""LXMERT (Hugging Face transformers): patch rules and blocks to skip."""
 
 from __future__ import annotations
 
+import sys
+
 from fastpetl.patching._seq2seq import attention_check, attention_note, original_signature
+from fastpetl.patching._turns import Blocks, SkipsTurns
 from fastpetl.patching.registry import Rule
 
 _HF = "transformers.models.lxmert.modeling_lxmert"
@@ -47,3 +50,42 @@ RULES = (
     _output("LxmertAttentionOutput"),
     _output("LxmertOutput"),
 )
+
+
+class LxmertFamily(SkipsTurns):
+    """Answers for an LxmertModel (the host) what skipping and counting ask. Blocks are the text layers, each text half
+    of a cross-modal layer, the image layers and each image half. Both halves read the pair as it was.
+    """
+
+    name = "LXMERT (transformers)"
+    routes_samples = False
+    boxes = 36  # of an image, as LXMERT was trained with
+
+    def hosts(self, module) -> bool:
+        library = sys.modules.get(_HF)
+        return library is not None and isinstance(module, library.LxmertModel)
+
+    def streams(self, host) -> list[Blocks]:
+        from fastpetl.nn.hf_turns import LxmertCalls, LxmertPair
+
+        calls, pair, encoder = LxmertCalls(), LxmertPair(), host.encoder
+        text, image, order = (
+            host.config.max_position_embeddings,
+            self.boxes,
+            max(len(encoder.layer), len(encoder.r_layers)),
+        )
+        return [
+            Blocks("encoder.layer", "text", calls, (text,)),
+            Blocks("encoder.x_layers", "text", pair, (text, image), order=order, half="lang"),
+            Blocks("encoder.r_layers", "image", calls, (image,)),
+            Blocks("encoder.x_layers", "image", pair, (image, text), order=order, half="visn"),
+        ]
+
+    def example(self, blocks, layer, empty) -> dict:
+        if blocks.half is None:
+            return super().example(blocks, layer, empty)
+        own, other = blocks.lengths
+        return {"x": empty(own), "other": empty(other)}
+
+
+FAMILY = LxmertFamily()

@@ -9,13 +9,14 @@ RULES = bert_rules("roberta", _HF, "Roberta", ("RobertaLayer",), "fastpetl.nn.ro
 
 
 class RobertaFamily(BertLikeFamily):
-    """Answers for a RobertaModel (the host) what attaching and counting ask."""
+    """Answers for a RobertaModel (the host) what attaching, skipping and counting ask."""
 
     name = "RoBERTa (transformers)"
     module = _HF
     host_classes = ("RobertaModel",)
     layer_classes = (f"{_HF}:RobertaLayer",)
     prompted = text_prompts(_HF, "Roberta")
+    offset = True
 
 
 FAMILY = RobertaFamily()

@@ -293,8 +293,6 @@ def test_what_a_model_does_not_take():
             fastpetl.attach(model, fastpetl.DASConfig())
         with pytest.raises(ValueError, match="attach: BaselineConfig.*train='visual'.* leaves nothing to train in "):
             fastpetl.attach(model, fastpetl.BaselineConfig(train="visual"))
-        with pytest.raises(ValueError, match="skip: .* layers cannot be skipped"):
-            fastpetl.skip(model, [True, False])
         assert everything(model) == before
     model = build("bert")
     model.encoder.layer[1].output.dense = nn.Identity()

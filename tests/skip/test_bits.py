@@ -16,17 +16,21 @@ import vl_tiny
 from fastpetl import backends, skip
 from fastpetl.das import Scorer
 from fastpetl.das.scoring import scoring, sequential
+from skip import turn_families as turns
 from skip.test_seq2seq_skip import build as build_seq2seq
 from vilt_tiny import one_thread  # noqa: F401
 
 FAMILIES = ("vilt", "meter", "bart", "t5", "vlbart", "vlt5")
+ALL = (*FAMILIES, *turns.NAMES)
 BACKENDS = (None, "cpp", "auto")
 BATCH = 5
 
 
 def build(family, backend):
     """(model, inputs of five samples, blocks)"""
-    if family == "vilt":
+    if family in turns.NAMES:
+        model, given = turns.build(family), turns.inputs(family, BATCH)
+    elif family == "vilt":
         model, given = vilt_tiny.tiny_das(), vilt_tiny.inputs(BATCH)
     elif family == "meter":
         model, given = meter_tiny.tiny(), meter_tiny.inputs(BATCH)
@@ -67,7 +71,11 @@ def another_backend_for_each_size(monkeypatch):
 def logits(model, given, mask):
     with torch.no_grad(), skip.skip(model, mask):
         torch.manual_seed(1)  # ViLT orders patches by it
-        return model(**given).logits
+        return numbers(model(**given))
+
+
+def numbers(out):
+    return turns.values(out) if getattr(out, "logits", None) is None else out.logits
 
 
 def drawn(rows, blocks, seed):
@@ -75,7 +83,7 @@ def drawn(rows, blocks, seed):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL)
 def test_neighbours_do_not_matter(family, backend):
     model, given, n = build(family, backend)
     for seed in range(3):
@@ -87,7 +95,7 @@ def test_neighbours_do_not_matter(family, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:2])  # "auto" may take another for what follows the blocks
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [f for f in ALL if f in FAMILIES or turns.FAMILIES[f].candidates])
 def test_candidates_in_one_pass_are_the_candidates_one_by_one(family, backend):
     """The search's losses too: the pooler and the head see three times the batch, in rows of their own."""
     model, given, n = build(family, backend)
@@ -95,7 +103,7 @@ def test_candidates_in_one_pass_are_the_candidates_one_by_one(family, backend):
     target = torch.arange(BATCH)
 
     def loss(outputs, target):
-        return torch.nn.functional.cross_entropy(outputs.logits.reshape(BATCH, -1), target)
+        return torch.nn.functional.cross_entropy(numbers(outputs).reshape(BATCH, -1), target)
 
     def batches(round):
         torch.manual_seed(1)
