@@ -12,6 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastpetl.nn.inline import Inlined, note_fallback, structure
 from fastpetl.nn.parts import Fused, attend, exact_gelu
+from fastpetl.nn.turns import Calls
 
 _ATTENTION = Inlined(nn.MultiheadAttention, structure(out_proj=NonDynamicallyQuantizableLinear))
 _MLP = Inlined(nn.Sequential, structure(c_fc=nn.Linear, c_proj=nn.Linear), called=("gelu",))
@@ -68,3 +69,17 @@ def block_reason(block: nn.Module) -> str | None:
     if mask is not None and not (isinstance(mask, torch.Tensor) and mask.is_floating_point()):
         return "attn_mask is no floating-point tensor, expected one that is added"
     return None
+
+
+class BlockCalls(Calls):
+    """Of CLIP's blocks, which `fastpetl.skip` leaves out: a mask says which keys are hidden."""
+
+    mask = "x_mask"
+
+    def __init__(self, form: int, batch_first: bool):
+        super().__init__(form)
+        self.batch_dim = 0 if batch_first else 1
+
+    def padding(self, args, kwargs):
+        mask = super().padding(args, kwargs)
+        return mask if mask is None else ~mask.bool()

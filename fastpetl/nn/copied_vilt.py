@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastpetl.nn.adapter import fused_adapter
 from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure
+from fastpetl.nn.turns import Calls
 
 _NORM = "adapter_layer_norm_before"
 ADAPTER_CHILDREN = ("down_proj", "non_linear_func", "up_proj")
@@ -144,6 +145,12 @@ class CopiedBlock:
         if adapter is None:
             return x + f
         return fused_adapter(adapter, x, (x, f), for_op("adapter", self._fastpetl_backend), "relu")
+
+
+class BlockCalls(Calls):
+    """Of ViLT's blocks, which `fastpetl.skip` leaves out."""
+
+    mask = "mask"
 
 
 def _adapters_reason(block) -> str | None:

@@ -19,10 +19,12 @@ class Calls:
     alone. What a block gives beside y is zeros for a sample that skips it, None if all do.
     """
 
-    batch_dim = 0
+    batch_dim = 0  # of x
+    mask = "attention_mask"
+    owner = kind = None  # of blocks that are copied: the family's name, and their kind
 
     def __init__(self, form: int = 0, mask_at: int = 1, one_copy: str | None = None):
-        # mask_at: where attention_mask is given by position; one_copy: why a model's batch cannot be several copies
+        # mask_at: where the mask is given by position; one_copy: why a model's batch cannot be several copies
         self.form, self.mask_at, self.one_copy = form, mask_at, one_copy
 
     def _turned(self, t):
@@ -33,7 +35,7 @@ class Calls:
 
     def padding(self, args, kwargs):
         """Semantics: the attention mask that says which tokens are padding: of the last query, if it is causal."""
-        mask = args[self.mask_at] if len(args) > self.mask_at else kwargs.get("attention_mask")
+        mask = args[self.mask_at] if len(args) > self.mask_at else kwargs.get(self.mask)
         return mask[:, :, -1:] if mask is not None and mask.dim() == 4 else mask
 
     def x(self, args, kwargs):
@@ -146,10 +148,11 @@ class Turn:
 
     def __init__(self, container, place: int, block):
         self.container, self.place, self.block = container, place, block
+        self.streams = container.__dict__["_fastpetl_streams"]  # whatever is set when it is called again
         self.forwards: dict = {}
 
     def __call__(self, *args, **kwargs):
-        streams = self.container.__dict__["_fastpetl_streams"]
+        streams = self.streams
         setting = streams[0].setting
         if self.container.__dict__.get("_is_replica", False) and (setting.per_sample or streams[0].shortcuts):
             # their threads would share what is decided, and the shortcuts of one device

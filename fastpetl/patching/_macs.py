@@ -15,11 +15,13 @@ def weightless(layer: nn.Module) -> nn.Module:
     return copy.deepcopy(layer, memo)
 
 
-def layer_macs(layer: nn.Module, given: dict) -> int:
-    """Semantics: those of layer(**given), a layer without weights; of its first task, if it has several."""
+def layer_macs(layer: nn.Module, given: dict | tuple) -> int:
+    """Semantics: those of layer(**given) or layer(*given), a layer without weights; of its first task, if it has
+    several.
+    """
     from fastpetl.count import count
 
     task = next((module.tasks[0] for module in layer.modules() if getattr(module, "tasks", None)), None)
-    if hasattr(layer, "_fastpetl_task"):
+    if hasattr(layer, "_fastpetl_task") and isinstance(given, dict):
         given = {**given, "task": task}
     return count(layer, given).macs

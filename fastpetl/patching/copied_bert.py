@@ -1,10 +1,11 @@
-"""Patch rules for METER's and DAS-METER's own BERT modules, wherever they were copied."""
+"""METER's and DAS-METER's own BERT modules, wherever they were copied: patch rules, and the blocks."""
 
 from __future__ import annotations
 
 import torch
 
 from fastpetl.patching._copied import is_copied
+from fastpetl.patching._copied_turns import SkipsCopied
 from fastpetl.patching._seq2seq import attention_check, attention_note
 from fastpetl.patching.copied_lxmert import routed_output
 from fastpetl.patching.registry import CopiedRule
@@ -80,3 +81,28 @@ RULES = (
         ops=("linear", "residual_norm"),
     ),
 )
+
+
+class CopiedMeterFamily(SkipsCopied):
+    """Answers for a module that has lists of METER's cross-modal layers, and DAS's shortcut adapters, what skipping and
+    counting ask; blocks are numbered as DAS's gates: the text layers, then the image layers. The loop that was copied
+    gives both of a pair what the pair before gave.
+    """
+
+    name = "METER (copied)"
+    shortcuts = {"text": "adapter_list_l", "image": "adapter_list_v"}  # noqa: RUF012
+    lengths = {"text": (50, 577), "image": (577, 50)}  # noqa: RUF012  at 384 x 384
+
+    def looks(self, module) -> bool:
+        return {"attention", "crossattention", "intermediate", "output"} <= module._modules.keys() and is_copied(module)
+
+    def kind(self, name: str, block) -> str:
+        return "image" if "image" in name else "text"
+
+    def calls(self, block, form: int):
+        from fastpetl.nn.turns import Calls
+
+        return Calls(form, mask_at=2)
+
+
+FAMILY = CopiedMeterFamily()

@@ -1,4 +1,4 @@
-"""Patch rule for OpenAI's own CLIP block, as METER and CLIP-ViL have it, wherever it was copied."""
+"""OpenAI's own CLIP block, as METER and CLIP-ViL have it, wherever it was copied: patch rule, and the blocks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastpetl.patching._copied import is_copied
+from fastpetl.patching._copied_turns import SkipsCopied
 from fastpetl.patching.registry import CopiedRule
 
 
@@ -39,3 +40,30 @@ RULES = (
         ops=("linear", "attention"),
     ),
 )  # fmt: skip
+
+
+class CopiedClipFamily(SkipsCopied):
+    """Answers for a module that has a list of CLIP's blocks, of one side, what skipping and counting ask."""
+
+    name = "CLIP (copied)"
+    lengths = {"image": (577,), "text": (77,)}  # noqa: RUF012  ViT-B/16 at 384 x 384
+
+    def looks(self, module) -> bool:
+        return _looks(module)
+
+    def kind(self, name: str, block) -> str:
+        return "image" if block.__dict__.get("attn_mask") is None else "text"
+
+    def calls(self, block, form: int):
+        from fastpetl.nn.copied_clip import BlockCalls
+
+        return BlockCalls(form, block.attn.batch_first)
+
+    def example(self, blocks, layer, empty) -> tuple:
+        mask = layer.__dict__.get("attn_mask")
+        x = empty(blocks.lengths[0] if mask is None else mask.shape[-1])
+        layer.attn_mask = mask if mask is None else mask.to(x.device)  # it is a copy
+        return (x if layer.attn.batch_first else x.transpose(0, 1),)
+
+
+FAMILY = CopiedClipFamily()

@@ -1,11 +1,14 @@
-"""Patch rules for CLIP-ViL's and LXMERT's own BERT modules, wherever they were copied."""
+"""CLIP-ViL's and LXMERT's own BERT modules, wherever they were copied: patch rules, and the blocks."""
 
 from __future__ import annotations
+
+import inspect
 
 import torch
 from torch import nn
 
 from fastpetl.patching._copied import has, is_copied, mask, tasks
+from fastpetl.patching._copied_turns import SkipsCopied
 from fastpetl.patching._seq2seq import attention_check, attention_note
 from fastpetl.patching.registry import CopiedRule
 
@@ -76,3 +79,33 @@ RULES = (
         ops=("linear", "residual_norm"),
     ),
 )
+
+
+class CopiedBertFamily(SkipsCopied):
+    """Answers for a module that has a list of BERT's layers, CLIP-ViL's with adapters or plain ones, what skipping and
+    counting ask; LXMERT's image layers are a list of their own. Its cross-modal layers, of which CLIP-ViL has none, are
+    no blocks.
+    """
+
+    name = "BERT (copied)"
+    lengths = {"text": (512,), "image": (36,)}  # noqa: RUF012
+
+    def looks(self, module) -> bool:
+        return module._modules.keys() == {"attention", "intermediate", "output"} and is_copied(module)
+
+    def kind(self, name: str, block) -> str:
+        return "image" if name.startswith("r_") else "text"
+
+    def calls(self, block, form: int):
+        from fastpetl.nn.turns import Calls
+
+        return Calls(form)
+
+    def example(self, blocks, layer, empty) -> tuple:
+        tokens = blocks.lengths[0]
+        x = empty(tokens)
+        told = "task" in inspect.signature(layer.forward).parameters
+        return (x, x.new_zeros(1, 1, 1, tokens), *(tasks(layer)[:1] if told else ()))
+
+
+FAMILY = CopiedBertFamily()

@@ -1,9 +1,12 @@
-"""Patch rules for ViLT's own code (dandelin/ViLT, DoubtedSteam/DAS) and DAS's adapters, wherever they were copied."""
+"""ViLT's own code (dandelin/ViLT, DoubtedSteam/DAS) and DAS's adapters, wherever they were copied: patch rules, and the
+blocks.
+"""
 
 from __future__ import annotations
 
 import torch
 
+from fastpetl.patching._copied_turns import SkipsCopied
 from fastpetl.patching.registry import CopiedRule
 
 _NN = "fastpetl.nn.copied_vilt"
@@ -77,3 +80,29 @@ RULES = (
         omits=(1,),
     ),
 )
+
+
+class CopiedViltFamily(SkipsCopied):
+    """Answers for a module that has a list of ViLT's blocks, and DAS's `adapter_list` beside it or around, what
+    skipping and counting ask.
+    """
+
+    name = "ViLT (copied)"
+    shortcuts = {"multimodal": "adapter_list"}  # noqa: RUF012
+    lengths = {"multimodal": (40 + 144 + 1,)}  # noqa: RUF012  at 384 x 384
+
+    def looks(self, module) -> bool:
+        from fastpetl.nn.copied_vilt import is_block
+
+        return is_block(module)
+
+    def kind(self, name: str, block) -> str:
+        return "multimodal"
+
+    def calls(self, block, form: int):
+        from fastpetl.nn.copied_vilt import BlockCalls
+
+        return BlockCalls(form)
+
+
+FAMILY = CopiedViltFamily()

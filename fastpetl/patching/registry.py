@@ -146,21 +146,25 @@ def families() -> tuple:
     return tuple(file.FAMILY for file in _files() if hasattr(file, "FAMILY"))
 
 
+_SKIPPING = ("blocks", "skip", "prune", "pruned")
+
+
 def family_of(model: nn.Module, function: str):
     """Semantics: (family, host) of the one stack of blocks found in `model`; ValueError in the name of `function`
-    otherwise.
+    otherwise. Families that nothing is attached to answer about skipping alone.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}: model is {type(model).__name__}, expected a torch.nn.Module")
+    known = [f for f in families() if function in _SKIPPING or hasattr(f, "attach_reason")]
     modules = list(model.named_modules())  # once: walking costs more than asking
-    found = [(family, name, module) for family in families() for name, module in modules if family.hosts(module)]
+    found = [(family, name, module) for family in known for name, module in modules if family.hosts(module)]
     # What is in another host (METER's two towers) is that one's.
     inside = {id(m) for *_, host in found for m in host.modules() if m is not host}
     found = [entry for entry in found if id(entry[2]) not in inside]
     if not found:
-        known = ", ".join(family.name for family in families())
+        names = ", ".join(family.name for family in known)
         raise ValueError(
-            f"{function}: model is {type(model).__name__} with no blocks known here, expected one of: {known}"
+            f"{function}: model is {type(model).__name__} with no blocks known here, expected one of: {names}"
         )
     if len(found) > 1:
         names = ", ".join(name for _, name, _ in found)

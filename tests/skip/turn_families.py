@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+import copied_stacks
 import fastpetl
 import hf_tiny
+from vilt_tiny import randomize
 
 BATCH = 5
 
@@ -23,6 +25,8 @@ class Family:
     kinds: str  # of its blocks, by their first letters
     pooled: str | None = None  # the output that does not change with padding
     candidates: bool = True  # can its batch be several copies?
+    checkpoints: str | None = "library"  # who recomputes: "library", "loop" or nobody
+    hidden: int = 32
 
 
 def padded_ids(batch, tokens=12):
@@ -50,8 +54,29 @@ def _clip_text_inputs(batch):
     return given
 
 
-def _hf(name, inputs, kinds, pooled, candidates=True, **config):
-    return Family(lambda: hf_tiny.build(name, **config), inputs, kinds, pooled, candidates)
+def _hf(name, inputs, kinds, pooled, candidates=True, checkpoints="library", **config):
+    return Family(lambda: hf_tiny.build(name, **config), inputs, kinds, pooled, candidates, checkpoints)
+
+
+def _copied(make, kinds, mask=None, **more):
+    """The copied originals, in loops like theirs; mask(rows of ones and zeros) as their blocks take it."""
+
+    def build():
+        torch.manual_seed(3)
+        model = make().eval()
+        randomize(model, 0.3)
+        return model
+
+    def inputs(batch):
+        seen = torch.ones(batch, 16, dtype=torch.long)
+        seen[::2, 12:] = 0
+        return {"x": drawn(batch, 16, 16), **({} if mask is None else {"mask": mask(seen)}), **more}
+
+    return Family(build, inputs, kinds, None if mask is None else "pooled", checkpoints="loop", hidden=16)
+
+
+def _additive(seen):
+    return (1.0 - seen[:, None, None].float()) * -1e4
 
 
 FAMILIES = {
@@ -68,15 +93,24 @@ FAMILIES = {
         "clip_vision", lambda batch: {"pixel_values": drawn(batch, 3, 32, 32)}, "iiii", None, num_hidden_layers=4
     ),
     "clip_text": _hf("clip_text", _clip_text_inputs, "tttt", "pooler_output", candidates=False, num_hidden_layers=4),
-    "lxmert": _hf("lxmert", _lxmert_inputs, "tttiii", "pooled_output", x_layers=2),
+    "lxmert": _hf("lxmert", _lxmert_inputs, "tttiii", "pooled_output", checkpoints=None, x_layers=2),
     "bridgetower": _hf(
         "bridgetower",
         lambda batch: {**padded_ids(batch), "pixel_values": drawn(batch, 3, 64, 64)},
         "ttii",
         "pooler_output",
         candidates=False,
+        checkpoints=None,
         image_size=64,
     ),
+    "copied_vilt": _copied(lambda: copied_stacks.Vilt(), "mmmm", lambda seen: seen),
+    "copied_das_vilt": _copied(lambda: copied_stacks.Vilt(das=True), "mmmm", lambda seen: seen),
+    "copied_meter": _copied(lambda: copied_stacks.Meter(), "ttii", _additive, y=None),
+    "copied_das_meter": _copied(lambda: copied_stacks.Meter(das=True), "ttii", _additive, y=None),
+    "copied_clip": _copied(lambda: copied_stacks.Clip(), "iiii", lambda seen: seen == 0),
+    "copied_clip_text": _copied(lambda: copied_stacks.Clip(text=True), "tttt"),
+    "copied_bert": _copied(lambda: copied_stacks.Bert(), "tttt", _additive),
+    "copied_clipvil": _copied(lambda: copied_stacks.Bert(adapters={}), "tttt", _additive, task="gqa"),
 }
 NAMES = list(FAMILIES)
 

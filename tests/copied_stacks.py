@@ -1,0 +1,128 @@
+"""Stand-ins for the loops around research code that people copy: ViLT's, METER's, CLIP's and BERT's, with a stem that
+trains. reentrant: how the loop checkpoints its blocks, None if it does not. forward gives (states, pooled).
+"""
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import copied_bert
+import copied_clipvil
+import copied_vilt
+from copied_vilt import Adapter_Layer
+
+
+class _Net(nn.Module):
+    reentrant = None
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Linear(16, 16)
+
+    def call(self, block, *args, **kwargs):
+        if self.reentrant is None:
+            return block(*args, **kwargs)
+        names = tuple(kwargs)
+        given = lambda *a: block(*a[: len(args)], **dict(zip(names, a[len(args) :], strict=True)))  # noqa: E731
+        return checkpoint(given, *args, *kwargs.values(), use_reentrant=self.reentrant)
+
+
+def _shortcuts(layers):
+    return nn.ModuleList(nn.Sequential(Adapter_Layer(16, 8)) for _ in range(layers))
+
+
+class Vilt(_Net):
+    """The adapters of DAS stand on the outer module, the blocks in its transformer, the loop is the outer one's."""
+
+    def __init__(self, das=False, layers=4):
+        super().__init__()
+        self.transformer = nn.Module()
+        block = copied_vilt.AdapterBlock if das else copied_vilt.Block
+        self.transformer.blocks = nn.ModuleList(block() for _ in range(layers))
+        self.transformer.norm = nn.LayerNorm(16, eps=1e-6)
+        if das:
+            self.adapter_list = _shortcuts(layers)
+
+    def forward(self, x, mask=None):
+        x = self.stem(x)
+        for block in self.transformer.blocks:
+            x, _weights = self.call(block, x, mask=mask)
+        x = self.transformer.norm(x)
+        return {"states": x, "pooled": x[:, 0]}
+
+
+class MeterLayer(copied_bert.CrossLayer):
+    def forward(self, *args):
+        return (super().forward(*args),)  # as the original's
+
+
+class Meter(_Net):
+    def __init__(self, das=False, layers=2):
+        super().__init__()
+        self.image_stem = nn.Linear(16, 16)
+        # in the original's order
+        self.cross_modal_image_layers = nn.ModuleList(MeterLayer(das=das) for _ in range(layers))
+        self.cross_modal_text_layers = nn.ModuleList(MeterLayer(das=das) for _ in range(layers))
+        if das:
+            self.adapter_list_l, self.adapter_list_v = _shortcuts(layers), _shortcuts(layers)
+
+    def forward(self, x, mask=None, y=None):
+        y = self.image_stem(x[:, :12].flip(-1)) if y is None else y
+        x = self.stem(x)
+        no_mask = torch.zeros(x.shape[0], 1, 1, y.shape[1])
+        for text_layer, image_layer in zip(self.cross_modal_text_layers, self.cross_modal_image_layers, strict=True):
+            x1 = self.call(text_layer, x, y, mask, no_mask)
+            y1 = self.call(image_layer, y, x, no_mask, mask)
+            x, y = x1[0], y1[0]
+        return {"states": x, "image": y, "pooled": torch.cat([x[:, 0], y[:, 0]], -1)}
+
+
+class Clip(_Net):
+    """Tokens first, as OpenAI has it; the text side through its Sequential, the image side block by block."""
+
+    def __init__(self, text=False, layers=4):
+        super().__init__()
+        causal = torch.full((16, 16), float("-inf")).triu(1) if text else None
+        make = copied_clipvil.ResidualAttentionBlock
+        self.resblocks = nn.Sequential(*(make(mask=causal, batch_first=False) for _ in range(layers)))
+        self.text = text
+
+    def forward(self, x, mask=None):
+        x = self.stem(x).transpose(0, 1)
+        if self.text and self.reentrant is None:
+            x = self.resblocks(x)
+        else:
+            for block in self.resblocks:
+                x = self.call(block, x, mask)
+        x = x.transpose(0, 1)
+        return {"states": x, "pooled": x[:, 0]}
+
+
+class BertLayer(nn.Module):
+    """CLIP-ViL's, with adapters and the task, or BERT's."""
+
+    def __init__(self, adapters):
+        super().__init__()
+        self.attention, self.intermediate = nn.Module(), nn.Module()
+        self.attention.self = copied_clipvil.Attention(16, 2, 0.0)
+        self.attention.output = copied_clipvil.Output(16, 16, 0.0, adapters)
+        self.intermediate.dense = nn.Linear(16, 32)
+        self.output = copied_clipvil.Output(32, 16, 0.0, adapters)
+
+    def forward(self, hidden_states, attention_mask, task=None):
+        x = hidden_states
+        x = self.attention.output(self.attention.self(x, x, attention_mask), x, task)
+        return self.output(nn.functional.gelu(self.intermediate.dense(x)), x, task)
+
+
+class Bert(_Net):
+    def __init__(self, adapters=None, layers=4):
+        super().__init__()
+        self.encoder = nn.Module()
+        self.encoder.layer = nn.ModuleList(BertLayer(adapters) for _ in range(layers))
+
+    def forward(self, x, mask=None, task=None):
+        x = self.stem(x)
+        for layer_module in self.encoder.layer:
+            x = self.call(layer_module, x, mask, task)
+        return {"states": x, "pooled": x[:, 0]}
