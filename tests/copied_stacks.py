@@ -6,8 +6,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import copied_bart
 import copied_bert
 import copied_clipvil
+import copied_t5
 import copied_vilt
 from copied_vilt import Adapter_Layer
 
@@ -126,3 +128,72 @@ class Bert(_Net):
         for layer_module in self.encoder.layer:
             x = self.call(layer_module, x, mask, task)
         return {"states": x, "pooled": x[:, 0]}
+
+
+class BartStack(nn.Module):
+    def __init__(self, net, layers):
+        super().__init__()
+        self.layers, self.call = nn.ModuleList(layers), net.call
+
+    def forward(self, x, *given, pasts=None, **named):
+        kept = []
+        for i, layer in enumerate(self.layers):
+            named |= {} if pasts is None else {"past_key_value": pasts[i]}
+            x, *presents = self.call(layer, x, *given, **named)
+            kept += presents
+        return x, kept
+
+
+class T5Stack(nn.Module):
+    def __init__(self, net, blocks):
+        super().__init__()
+        self.block, self.call = nn.ModuleList(blocks), net.call
+        self.final_layer_norm = copied_t5.Norm(16)
+
+    def forward(self, x, mask, source=None, source_mask=None, pasts=None, use_cache=False, task=None):
+        kept, bias, cross_bias = [], None, None
+        if source is None:  # a joint encoder makes them itself
+            text = self.block[0].layer[0].SelfAttention.compute_bias(8, 8)
+            bias = nn.functional.pad(text, (0, x.shape[1] - 8, 0, x.shape[1] - 8)) + mask
+        for i, block in enumerate(self.block):
+            named = {"attention_mask": mask, "position_bias": bias, "encoder_hidden_states": source}
+            named |= {"encoder_attention_mask": source_mask, "encoder_decoder_position_bias": cross_bias, "task": task}
+            out = self.call(block, x, **named, past_key_value=pasts and pasts[i], use_cache=use_cache)
+            x, present, bias = out[:3]
+            cross_bias = cross_bias if source is None else out[3]
+            kept.append(present)
+        return self.final_layer_norm(x), kept
+
+
+class Seq2Seq(_Net):
+    """VL-BART or VL-T5: words and boxes x through an encoder, y through a decoder that reads them."""
+
+    def __init__(self, t5=False, layers=2):
+        super().__init__()
+        self.t5, adapters = t5, {}
+        kinds = (False, True)
+        if t5:
+            stacks = (
+                T5Stack(self, [copied_t5.Block(cross, i == 0, adapters=adapters) for i in range(layers)])
+                for cross in kinds
+            )
+        else:
+            made = (copied_bart.EncoderLayer, copied_bart.DecoderLayer)
+            stacks = (BartStack(self, [make(adapters=adapters) for _ in range(layers)]) for make in made)
+        self.encoder, self.decoder = stacks
+
+    def encode(self, x, mask, task=None):
+        x = self.stem(x)
+        return self.encoder(x, mask if self.t5 else mask.expand(-1, -1, x.shape[1], -1), task=task)[0]
+
+    def decode(self, y, source, mask, pasts=None, use_cache=True, task=None):
+        n, seen = y.shape[1], 0 if pasts is None else pasts[0][0].shape[2]
+        causal = torch.full((n, seen + n), -1e4).triu(1 + seen).expand(y.shape[0], 1, -1, -1)
+        mask = mask if self.t5 else mask.expand(-1, -1, n, -1)
+        return self.decoder(y, causal, source, mask, pasts=pasts, use_cache=use_cache, task=task)
+
+    def forward(self, x, mask, y, task=None):
+        source = self.encode(x, mask, task)
+        y, _ = self.decode(self.stem(y), source, mask, use_cache=False, task=task)
+        y = y + source.repeat(len(y) // len(source), 1, 1)[:, :1]  # the encoder trains, whatever the decoder skips
+        return {"states": y, "pooled": y[:, 0]}

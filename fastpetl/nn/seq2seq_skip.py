@@ -14,45 +14,19 @@ from transformers.cache_utils import EncoderDecoderCache
 
 from fastpetl.nn.joined import joined
 from fastpetl.skip import compaction
+from fastpetl.skip.decided import Decided
 
 
-class Setting:
-    """What an encoder and its decoder share. values: a bool per block or a policy, encoder first; decided: (mask,
-    scale) of the batch that entered the encoder last, which the decoder keeps to in all its steps; mark: the first
-    token's state of each sample that came out, by which the decoder knows that it is given that batch.
-    """
+class Setting(Decided):
+    """What an encoder and its decoder share. values: a bool per block or a policy, encoder first."""
 
     def __init__(self, values, shortcut: str, n_encoder: int, n_blocks: int):
-        self.values, self.shortcut, self.n_encoder, self.n_blocks = values, shortcut, n_encoder, n_blocks
-        self.decided = self.mark = None
-
-    def __getstate__(self):  # a scale may be of a forward's graph, which can neither be copied nor pickled
-        mask, scale = self.decided or (None, None)
-        decided = None if mask is None else (mask, None if scale is None else scale.detach())
-        return {**self.__dict__, "decided": decided}
+        super().__init__(values, n_blocks)
+        self.shortcut, self.n_encoder = shortcut, n_encoder
 
     @property
     def per_sample(self) -> bool:
         return not isinstance(self.values, tuple)
-
-    def decide(self, x, training: bool, attention_mask):
-        self.decided, self.mark = compaction.decide(x, self.values, self.n_blocks, training, attention_mask), None
-        return self.decided
-
-    def came_out(self, states) -> None:
-        if not torch.compiler.is_compiling():
-            self.mark = states[:, 0].detach().clone()
-
-    def known(self, source):
-        """`decided`, if `source`, the states the decoder is given, are of the batch it was decided for, beams or not;
-        with a capacity, whose shapes and graphs know nothing of values, of whatever batch they are.
-        """
-        if torch.compiler.is_compiling() or self.mark is None or source is None or self.values.capacity is not None:
-            return self.decided
-        beams, left = divmod(source.shape[0], self.mark.shape[0])
-        mark = self.mark.to(source.device)
-        same = beams and not left and torch.equal(source[:, 0], mark.repeat_interleave(beams, 0))
-        return self.decided if same else None
 
 
 class Skipping:
@@ -166,29 +140,16 @@ class _Turns:
                 if source is None
                 else (source, self.training, args[3] if self.blocks_are_t5 else kwargs["encoder_attention_mask"])
             )
-            mask, scale = self.setting.known(source) or self._ask(source, asks)
-            rows = x.shape[0] * policy.copies
-            if rows % mask.shape[0]:
-                raise ValueError(
-                    f"skip: the decoder has a batch of {rows}, expected a multiple of the {mask.shape[0]} samples the "
-                    "encoder had"
-                )
-            beams, capacity = rows // mask.shape[0], policy.capacity
-            mask, scale = (t if t is None else t[:, self.offset :].repeat_interleave(beams, 0) for t in (mask, scale))
+            mask, scale, capacity = self.setting.for_decoder(x.shape[0] * policy.copies, source, asks)
+            mask, scale = (t if t is None else t[:, self.offset :] for t in (mask, scale))
             x = compaction.repeated(x, policy.copies)
-            self.stream = compaction.stream(x, mask, scale, capacity and capacity * beams)  # it counts samples
+            self.stream = compaction.stream(x, mask, scale, capacity)
         else:
             mask, scale = self.setting.decide(x, self.training, args[0])
             mask, scale = (t if t is None else t[:, : len(self.turns)] for t in (mask, scale))
             self.stream = compaction.stream(x, mask, scale, policy.capacity, policy.copies)
         self.copies = policy.copies if self.decoder else 1
         self.batch, self.repeats = x.shape[0] // self.copies, {}
-
-    def _ask(self, source, asks):
-        decided = self.setting.decide(*asks)
-        if source is not None:
-            self.setting.came_out(source)
-        return decided
 
     def _rows(self, values, take):
         return [self._of(take, value) for value in values]

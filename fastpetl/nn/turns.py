@@ -38,14 +38,17 @@ class Calls:
         mask = args[self.mask_at] if len(args) > self.mask_at else kwargs.get(self.mask)
         return mask[:, :, -1:] if mask is not None and mask.dim() == 4 else mask
 
+    def complete(self, block, args, kwargs) -> tuple:
+        """Semantics: (args, kwargs) with what the block would make for all samples, if it ran on all."""
+        return args, kwargs
+
     def x(self, args, kwargs):
         return self._turned(args[0] if args else kwargs["hidden_states"])
 
     def call(self, block, rows, take, args, kwargs):
         """Semantics: what the block gives for `rows` of x, take(t) being the same rows of t."""
-        of = lambda t: take(t) if isinstance(t, torch.Tensor) else t  # noqa: E731
-        named = {name: of(t) for name, t in kwargs.items() if args or name != "hidden_states"}
-        return compaction.call(block, self._turned(rows), *map(of, args[1:]), **named)
+        named = {name: of_each(t, take) for name, t in kwargs.items() if args or name != "hidden_states"}
+        return compaction.call(block, self._turned(rows), *of_each(args[1:], take), **named)
 
     def state(self, out):
         """Semantics: the new x in what a block gave."""
@@ -60,11 +63,25 @@ class Calls:
         """Semantics: what a block gave, for all samples; on(t): t with zeros for those that skip it."""
         if not isinstance(out, tuple | list):
             return self._turned(y)
-        beside = (on(t) if isinstance(t, torch.Tensor) else t for t in out[1:])
-        return (self._turned(y), *beside)
+        return (self._turned(y), *of_each(tuple(out[1:]), on))
 
     def parameters(self, block):
         return block.parameters()
+
+    def half(self, layer, half: str | None = None):
+        """Semantics: the block in a layer: a half of it, or all; an Identity where it was pruned."""
+        return layer
+
+    def pruned(self, layer, half: str | None = None):
+        """Semantics: what is left of a layer without this block."""
+        return torch.nn.Identity()
+
+
+def of_each(value, f):
+    """Semantics: f of a tensor, or of those in a tuple or list (a layer's keys and values); others as they are."""
+    if isinstance(value, tuple | list):
+        return tuple(of_each(t, f) for t in value)
+    return f(value) if isinstance(value, torch.Tensor) else value
 
 
 class Setting:
@@ -90,11 +107,14 @@ class Setting:
         if found is None or stream.number in found.begun:
             if self.values.copies > 1 and stream.calls.one_copy:
                 raise ValueError(f"skip: Candidates on {stream.calls.one_copy}, expected one set after the other")
-            mask, scale = compaction.decide(x, self.values, len(self.order), training, padding)
-            made = columns.columns(mask, scale, self.values, self.order, x.device)
-            found = self.under_way[stream.group] = Forward(made)
+            found = self.under_way[stream.group] = Forward(self.columns(stream, x, padding, training))
         found.begun.add(stream.number)
         return found
+
+    def columns(self, stream: Stream, x, padding, training: bool):
+        policy = self.values
+        mask, scale = compaction.decide(x, policy, len(self.order), training, padding)
+        return columns.columns(mask, scale, self.order, x.device, policy.copies, policy.capacity)
 
     def end(self, stream: Stream, forward: Forward) -> None:
         """Semantics: the last block of a stream has run; the last of its group lets go of the forward."""
@@ -160,10 +180,11 @@ class Turn:
         if len(streams) > 1:
             return streams[0].calls.run(self, streams, args, kwargs)
         (stream,), calls = streams, streams[0].calls
+        x = calls.x(args, kwargs)
+        if not setting.per_sample and not stream.skips(self.place):
+            return compaction.call(self.block, *args, batch=len(x), **kwargs)
+        args, kwargs = calls.complete(self.block, args, kwargs)
         if not setting.per_sample:
-            x = calls.x(args, kwargs)
-            if not stream.skips(self.place):
-                return compaction.call(self.block, *args, batch=len(x), **kwargs)
             y = compaction.call(stream.shortcut(self.place), x, batch=len(x))
             return calls.given(y, self.place, args, kwargs)
         calls.check(setting, args, kwargs)
@@ -174,7 +195,7 @@ class Turn:
             return calls.state(found[0])
 
         parameters = calls.parameters(self.block)
-        y, on = stream.run(self, calls.x(args, kwargs), block, parameters, calls.padding(args, kwargs))
+        y, on = stream.run(self, x, block, parameters, calls.padding(args, kwargs))
         return calls.whole(found[0], y, on, args, kwargs) if found else calls.given(y, self.place, args, kwargs)
 
     def __getattr__(self, name):

@@ -7,12 +7,22 @@ import copy
 import torch
 from torch import nn
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+
+
+def without_hooks(copied: nn.Module) -> nn.Module:
+    """Semantics: `copied`, a copy for a trial, of whose calls nobody is told."""
+    for module in copied.modules():
+        for name in _HOOKS:
+            module.__dict__[name].clear()
+    return copied
+
 
 def weightless(layer: nn.Module) -> nn.Module:
-    """Semantics: a copy of the layer on the meta device."""
+    """Semantics: a copy of the layer on the meta device, without hooks."""
     tensors = [*layer.parameters(), *layer.buffers()]
     memo = {id(t): nn.Parameter(torch.empty_like(t, device="meta"), t.requires_grad) for t in tensors}
-    return copy.deepcopy(layer, memo)
+    return without_hooks(copy.deepcopy(layer, memo))
 
 
 def layer_macs(layer: nn.Module, given: dict | tuple) -> int:

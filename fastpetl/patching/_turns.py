@@ -87,7 +87,7 @@ class SkipsTurns:
         """Semantics: set what the model skips: None, a bool per block, or a policy of skip/policies.py. With nothing
         set the lists' classes are the originals again.
         """
-        from fastpetl.nn.turns import Setting, Stream, original_of, taking_turns
+        from fastpetl.nn.turns import Stream, original_of, taking_turns
 
         streams = self.streams(host)
         containers = [host.get_submodule(blocks.path) for blocks in streams]
@@ -98,7 +98,7 @@ class SkipsTurns:
         if values is None:
             return
         order = [blocks.order + i for blocks, c in zip(streams, containers, strict=True) for i in range(len(c))]
-        setting = host.__dict__["_fastpetl_setting"] = Setting(values, shortcut, tuple(order))
+        setting = host.__dict__["_fastpetl_setting"] = self.setting_class()(values, shortcut, tuple(order))
         first = 0
         for number, (blocks, container) in enumerate(zip(streams, containers, strict=True)):
             if len(container):
@@ -107,6 +107,11 @@ class SkipsTurns:
                 container.__dict__.setdefault("_fastpetl_streams", []).append(stream)
                 container.__class__ = taking_turns(original_of(type(container)))
             first += len(container)
+
+    def setting_class(self) -> type:
+        from fastpetl.nn.turns import Setting
+
+        return Setting
 
     def is_pruned(self, host) -> bool:
         lists = ((blocks, host.get_submodule(blocks.path)._modules.values()) for blocks in self.streams(host))
@@ -122,14 +127,14 @@ class SkipsTurns:
             for name, layer in list(container.items()):
                 skipped = next(values)
                 if skipped:
-                    container[name] = nn.Identity() if blocks.half is None else blocks.calls.pruned(layer, blocks.half)
+                    container[name] = blocks.calls.pruned(layer, blocks.half)
                 if name in shortcuts and (not skipped or shortcut == "identity"):
                     shortcuts[name] = nn.Identity()
         self.set_skip(host, *self.get_skip(host))  # of what is left
 
 
 def _part(blocks: Blocks, layer):
-    return layer if blocks.half is None else blocks.calls.half(layer, blocks.half)
+    return blocks.calls.half(layer, blocks.half)
 
 
 def _linear_macs(module: nn.Module | None) -> int:

@@ -1,11 +1,14 @@
-"""Patch rules for VL-Adapter's own BART layers and AdapterController (VL-T5's too), wherever they were copied."""
+"""VL-Adapter's own BART layers and AdapterController (VL-T5's too), wherever they were copied: patch rules, and the
+blocks.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import nn
 
-from fastpetl.patching._copied import has, is_copied, mask, tasks
+from fastpetl.patching._copied import has, is_copied, mask, tasks, told
+from fastpetl.patching._copied_turns import SkipsCopiedSeq2Seq
 from fastpetl.patching._seq2seq import attention_check, attention_note
 from fastpetl.patching.registry import CopiedRule
 
@@ -138,3 +141,27 @@ RULES = (
         ("linear", "residual_norm"),
     ),
 )
+
+
+class CopiedVLBartFamily(SkipsCopiedSeq2Seq):
+    """Answers for a module with a copied BART's encoder and decoder what skipping and counting ask."""
+
+    name = "VL-BART (copied)"
+
+    def looks(self, module) -> bool:
+        return module._modules.keys() >= _LAYER and is_copied(module)
+
+    def is_decoder(self, block) -> bool:
+        return "encoder_attn" in block._modules
+
+    def calls(self, block, form: int):
+        from fastpetl.nn.copied_seq2seq import BartCalls
+
+        return BartCalls(form, self.is_decoder(block))
+
+    def example(self, blocks, layer, empty) -> dict:
+        given = {"hidden_states": empty(blocks.lengths[0]), "attention_mask": None, **told(layer)}
+        return given | ({"encoder_hidden_states": empty(blocks.lengths[1])} if self.is_decoder(layer) else {})
+
+
+FAMILY = CopiedVLBartFamily()

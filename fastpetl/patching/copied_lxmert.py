@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import nn
 
-from fastpetl.patching._copied import has, is_copied, mask, tasks
+from fastpetl.patching._copied import has, is_copied, mask, tasks, told
 from fastpetl.patching._copied_turns import SkipsCopied
 from fastpetl.patching._seq2seq import attention_check, attention_note
 from fastpetl.patching.registry import CopiedRule
@@ -104,8 +102,7 @@ class CopiedBertFamily(SkipsCopied):
     def example(self, blocks, layer, empty) -> tuple:
         tokens = blocks.lengths[0]
         x = empty(tokens)
-        told = "task" in inspect.signature(layer.forward).parameters
-        return (x, x.new_zeros(1, 1, 1, tokens), *(tasks(layer)[:1] if told else ()))
+        return (x, x.new_zeros(1, 1, 1, tokens), *told(layer).values())
 
 
 FAMILY = CopiedBertFamily()

@@ -1,10 +1,13 @@
-"""Patch rules for VL-T5's own T5 modules, wherever they were copied. Their AdapterController is VL-BART's."""
+"""VL-T5's own T5 modules, wherever they were copied: patch rules, and the blocks. Their AdapterController is of
+VL-BART.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from fastpetl.patching._copied import has, is_copied, mask, tasks
+from fastpetl.patching._copied import has, is_copied, mask, tasks, told
+from fastpetl.patching._copied_turns import SkipsCopiedSeq2Seq
 from fastpetl.patching._seq2seq import attention_check, attention_note
 from fastpetl.patching.registry import CopiedRule
 
@@ -120,3 +123,42 @@ RULES = (
     _rule("feed_forward", "CopiedT5DenseGatedDense", _looks_gated, _check_dense, _probe_dense, "linear"),
     _rule("block", "CopiedT5Block", _looks_block, _check_block, _probe_block),
 )  # fmt: skip
+
+
+def _children(module, name: str) -> dict:
+    return getattr(module._modules.get(name), "_modules", {})
+
+
+class CopiedVLT5Family(SkipsCopiedSeq2Seq):
+    """Answers for a module with a copied T5's encoder and decoder what skipping and counting ask."""
+
+    name = "VL-T5 (copied)"
+
+    def looks(self, module) -> bool:
+        layers = list(_children(module, "layer").values())
+        there = layers and _ATTENTION <= _children(layers[0], "SelfAttention").keys()
+        there = there and "wo" in _children(layers[-1], "DenseReluDense")
+        return bool(there) and has(module, "is_decoder") and is_copied(module)
+
+    def is_decoder(self, block) -> bool:
+        return block.is_decoder
+
+    def width(self, layer) -> int:
+        return layer.layer[0].layer_norm.weight.shape[0]
+
+    def calls(self, block, form: int):
+        from fastpetl.nn.copied_seq2seq import T5Calls
+
+        return T5Calls(form, block.is_decoder)
+
+    def example(self, blocks, layer, empty) -> dict:
+        n, *source = blocks.lengths
+        x, heads = empty(n), layer.layer[0].SelfAttention.n_heads
+        given = {"hidden_states": x, "position_bias": x.new_zeros(1, heads, n, n), **told(layer)}
+        if not layer.is_decoder:
+            return given
+        bias = x.new_zeros(1, heads, n, *source)
+        return {**given, "encoder_hidden_states": empty(*source), "encoder_decoder_position_bias": bias}
+
+
+FAMILY = CopiedVLT5Family()

@@ -9,14 +9,14 @@ import torch
 from fastpetl.skip.compaction import Indices, StaticSamples, _mask_rows, _select, repeated, run_parts
 
 
-def columns(mask, scale, policy, order: tuple[int, ...], device) -> Columns | StaticColumns:
-    """Semantics: what runs block i of `mask` [B * copies, n_blocks] on the samples that keep it, for a policy.
+def columns(mask, scale, order: tuple[int, ...], device, copies: int, capacity: int | None) -> Columns | StaticColumns:
+    """Semantics: what runs block i of `mask` [B * copies, n_blocks] on the samples that keep it.
 
     order: when each block's turn comes; blocks of streams that read each other have the same number.
     """
-    if torch.compiler.is_compiling() or policy.capacity is not None:
-        return StaticColumns(mask.to(device), scale, policy.capacity, policy.copies)
-    return Columns(mask, scale, policy.copies, order, device)
+    if torch.compiler.is_compiling() or capacity is not None:
+        return StaticColumns(mask.to(device), scale, capacity, copies)
+    return Columns(mask, scale, copies, order, device)
 
 
 class Columns:

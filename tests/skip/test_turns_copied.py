@@ -8,7 +8,8 @@ import copied_stacks
 import fastpetl
 import hf_tiny
 from fastpetl import skip
-from skip.turn_families import BATCH, build, inputs, mask_of, output, values
+from fastpetl.skip import policies
+from skip.turn_families import BATCH, FAMILIES, build, inputs, mask_of, output, rows, values
 from vilt_tiny import one_thread, relative  # noqa: F401
 
 
@@ -90,6 +91,19 @@ def test_what_cannot_be():
         fastpetl.blocks(model)
 
 
+def test_trials_of_copies_are_nobodys_business():
+    """Hooks are told of no call that is made to find out what a block gives or costs."""
+    told = []
+    for name in ("copied_vilt", "copied_vlt5", "bert"):
+        model = FAMILIES[name].make()
+        for module in model.modules():
+            module.register_forward_hook(lambda *_: told.append(1))
+            module.register_forward_pre_hook(lambda *_, **__: told.append(1), with_kwargs=True)
+        fastpetl.blocks(model)
+        skip.skip(model, [False] * len(FAMILIES[name].kinds))
+        assert not told, name
+
+
 def test_methods_go_where_they_went():
     """Nothing is attached to the copied originals; a tower of transformers' inside one takes what it took."""
     with pytest.raises(
@@ -102,3 +116,113 @@ def test_methods_go_where_they_went():
     fastpetl.attach(model, fastpetl.LoRAConfig())
     skip.skip(model, [True, False, False, False])
     assert skip.current(model).blocks == (0,)
+
+
+# --- VL-BART and VL-T5 ------------------------------------------------------------------------------------------------
+
+SEQ2SEQ = ["copied_vlbart", "copied_vlt5"]
+
+
+def greedy(model, given, steps=4, beams=1):
+    """What a decoder gives step by step, each step's token made of the one before; beams: so many of each sample."""
+    task, mask = given["task"], given["mask"].repeat_interleave(beams, 0)
+    source = model.encode(given["x"], given["mask"], task).repeat_interleave(beams, 0)
+    y, pasts, found = given["y"][:, :2].repeat_interleave(beams, 0), None, []
+    for _ in range(steps):
+        y, pasts = model.decode(y, source, mask, pasts, task=task)
+        pasts = [tuple(t[torch.arange(len(t))] for t in past) for past in pasts]  # as beams are moved about
+        found.append(y[:, -1:])
+        y = found[-1].tanh()
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("patch", [False, True])
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_steps_of_a_decoder_keep_to_what_its_samples_skip(name, patch):
+    model, given = build(name, "auto" if patch else None), inputs(name)
+    mask = mask_of(name, seed=1)
+    assert mask[:, 2].any() and mask[:, 3].any() and not mask[:, 2].all()  # the first of the decoder's too
+    asked = []
+
+    def once(x, n_blocks):
+        asked.append(len(x))
+        return mask
+
+    with torch.no_grad():
+        want = greedy(model, given)
+        whole = [torch.zeros(4), torch.ones(4), torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 1, 0])]
+        for plan in [one.bool() for one in whole]:
+            with fastpetl.skip(model, plan):
+                static = greedy(model, given)
+            with fastpetl.skip(model, plan.expand(BATCH, 4)):
+                assert relative(greedy(model, given), static) <= 1e-5
+        with fastpetl.skip(model, once):
+            got = greedy(model, given)
+            beams = greedy(model, given, beams=3)
+        assert asked == [BATCH, BATCH] and not torch.allclose(got, want)
+        assert relative(beams, got.repeat_interleave(3, 0)) <= 1e-5
+        with fastpetl.skip(model, mask, capacity=int((~mask).sum(0).max())):
+            assert relative(greedy(model, given), got) <= 1e-5
+        for b in range(BATCH):
+            with fastpetl.skip(model, mask[b]):
+                alone = greedy(model, rows(given, slice(b, b + 1)))
+            assert relative(got[b : b + 1], alone) <= 1e-5
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_a_step_is_as_in_the_whole(name):
+    """With keys and values of the steps before, and a first block that is skipped: by all, by some."""
+    model, given = build(name), inputs(name)
+    source_of = lambda: model.encode(given["x"], given["mask"], "gqa")  # noqa: E731
+    plans = [[False, False, True, False], [False, False, True, True], mask_of(name, seed=1)]
+    with torch.no_grad():
+        for plan in plans:
+            with fastpetl.skip(model, plan):
+                source = source_of()
+                whole, _ = model.decode(given["y"], source, given["mask"], task="gqa")
+                first, pasts = model.decode(given["y"][:, :10], source, given["mask"], task="gqa")
+                assert all(len(t) == BATCH for past in pasts for t in past)
+                rest, pasts = model.decode(given["y"][:, 10:], source, given["mask"], pasts, task="gqa")
+            assert [t.shape[2] for t in pasts[0]] == [16, 16, 16, 16]
+            assert relative(torch.cat([first, rest], 1), whole) <= 1e-5
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_a_decoder_knows_whose_states_it_is_given(name):
+    model, given, asked = build(name), inputs(name), []
+
+    def policy(x, n_blocks):
+        asked.append(len(x))
+        return mask_of(name, len(x), seed=len(asked))
+
+    with torch.no_grad(), fastpetl.skip(model, policy):
+        decode = lambda source: model.decode(given["y"], source, given["mask"], task="gqa")[0]  # noqa: E731
+        first, other = (model.encode(x, given["mask"], "gqa") for x in (given["x"], given["x"].flip(0)))
+        decode(other)
+        assert len(asked) == 2
+        decode(first)  # not of what came out last
+        assert len(asked) == 3
+        with pytest.raises(
+            ValueError, match="skip: the decoder has a batch of 3, expected a multiple of the 5 samples"
+        ):
+            model.decode(given["y"][:3], first, given["mask"][:3], task="gqa")
+        decode(first)
+        assert len(asked) == 3
+    assert type(model.encoder).__mro__[1] is nn.Module  # as it was
+    sets = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 0]]).bool()
+    message = "skip: Candidates with past_key_value, expected use_cache=False"
+    with torch.no_grad(), fastpetl.skip(model, policies.Candidates(sets)), pytest.raises(ValueError, match=message):
+        greedy(model, given)
+
+
+def test_the_bias_of_a_pruned_t5_stays():
+    model, given = build("copied_vlt5"), inputs("copied_vlt5")
+    with torch.no_grad():
+        want = output(model, given, [True, False, True, False])
+        fastpetl.prune(model, [True, False, True, False])
+        assert torch.equal(values(model(**given)), want)
+    keys = [key for key in model.state_dict() if "block.0" in key]
+    assert keys == [
+        f"{side}.block.0.layer.0.SelfAttention.relative_attention_bias.weight" for side in ("encoder", "decoder")
+    ]
+    assert [b.macs == 0 for b in fastpetl.blocks(model)] == [True, False, True, False]

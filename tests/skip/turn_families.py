@@ -70,13 +70,18 @@ def _copied(make, kinds, mask=None, **more):
     def inputs(batch):
         seen = torch.ones(batch, 16, dtype=torch.long)
         seen[::2, 12:] = 0
-        return {"x": drawn(batch, 16, 16), **({} if mask is None else {"mask": mask(seen)}), **more}
+        made = {key: value(batch) if callable(value) else value for key, value in more.items()}
+        return {"x": drawn(batch, 16, 16), **({} if mask is None else {"mask": mask(seen)}), **made}
 
     return Family(build, inputs, kinds, None if mask is None else "pooled", checkpoints="loop", hidden=16)
 
 
 def _additive(seen):
     return (1.0 - seen[:, None, None].float()) * -1e4
+
+
+def _answers(batch):
+    return drawn(batch, 16, 16, seed=8)
 
 
 FAMILIES = {
@@ -111,6 +116,8 @@ FAMILIES = {
     "copied_clip_text": _copied(lambda: copied_stacks.Clip(text=True), "tttt"),
     "copied_bert": _copied(lambda: copied_stacks.Bert(), "tttt", _additive),
     "copied_clipvil": _copied(lambda: copied_stacks.Bert(adapters={}), "tttt", _additive, task="gqa"),
+    "copied_vlbart": _copied(lambda: copied_stacks.Seq2Seq(), "eedd", _additive, y=_answers, task="gqa"),
+    "copied_vlt5": _copied(lambda: copied_stacks.Seq2Seq(t5=True), "eedd", _additive, y=_answers, task="gqa"),
 }
 NAMES = list(FAMILIES)
 
