@@ -117,6 +117,66 @@ class BertLayer(nn.Module):
         return self.output(nn.functional.gelu(self.intermediate.dense(x)), x, task)
 
 
+class SelfLayer(nn.Module):
+    """Attention of LXMERT, to itself or (cross) to another stream."""
+
+    def __init__(self, cross):
+        super().__init__()
+        self.att = copied_clipvil.Attention(16, 2, 0.0)
+        self.output = copied_clipvil.Output(16, 16, 0.0, None)
+        self.cross = cross
+
+    def forward(self, x, *other, ctx_att_mask=None):
+        other, mask = (*other, ctx_att_mask) if self.cross else (x, *other)
+        return self.output(self.att(x, other, mask), x, None)
+
+
+class Inner(nn.Linear):
+    def forward(self, x):
+        return nn.functional.gelu(super().forward(x))
+
+
+class Out(copied_clipvil.Output):
+    def forward(self, x, y):
+        return super().forward(x, y, None)
+
+
+class Pair(nn.Module):
+    """LXMERT's: both halves share the attention to each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.visual_attention = SelfLayer(True)
+        self.lang_self_att, self.visn_self_att = SelfLayer(False), SelfLayer(False)
+        self.lang_inter, self.lang_output = Inner(16, 32), Out(32, 16, 0.0, None)
+        self.visn_inter, self.visn_output = Inner(16, 32), Out(32, 16, 0.0, None)
+
+    def forward(self, x, mask, y, y_mask):
+        new = self.visual_attention(x, y, ctx_att_mask=y_mask), self.visual_attention(y, x, ctx_att_mask=mask)
+        x, y = self.lang_self_att(new[0], mask), self.visn_self_att(new[1], y_mask)
+        return self.lang_output(self.lang_inter(x), x), self.visn_output(self.visn_inter(y), y)
+
+
+class Lxmert(_Net):
+    def __init__(self):
+        super().__init__()
+        self.image_stem, self.encoder = nn.Linear(16, 16), nn.Module()
+        self.encoder.layer = nn.ModuleList(BertLayer(None) for _ in range(2))
+        self.encoder.x_layers = nn.ModuleList(Pair() for _ in range(2))
+        self.encoder.r_layers = nn.ModuleList(BertLayer(None) for _ in range(1))
+
+    def forward(self, x, mask=None, y=None):
+        y = self.image_stem(x[:, :12].flip(-1))
+        x, no_mask = self.stem(x), torch.zeros(x.shape[0], 1, 1, 12)
+        for layer_module in self.encoder.layer:
+            x = self.call(layer_module, x, mask)
+        for layer_module in self.encoder.r_layers:
+            y = self.call(layer_module, y, no_mask)
+        for layer_module in self.encoder.x_layers:
+            x, y = self.call(layer_module, x, mask, y, no_mask)
+        return {"states": x, "image": y, "pooled": torch.cat([x[:, 0], y[:, 0]], -1)}
+
+
 class Bert(_Net):
     def __init__(self, adapters=None, layers=4):
         super().__init__()

@@ -1,7 +1,8 @@
-"""How transformers calls the layers that `fastpetl.nn.turns` leaves out."""
+"""How transformers calls the layers that `fastpetl.nn.turns` leaves out; LXMERT's own code calls its pairs alike."""
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from fastpetl.nn.turns import Calls
@@ -41,7 +42,7 @@ class LxmertCalls(Calls):
         return (y, None) if kwargs.get("output_attentions") else (y,)
 
 
-_PARTS = {
+PARTS = {
     "lang": ("lang_self_att", "lang_inter", "lang_output"),
     "visn": ("visn_self_att", "visn_inter", "visn_output"),
 }
@@ -50,13 +51,18 @@ _PARTS = {
 def _half(parts, x, other, mask=None, other_mask=None, output_attentions=False):
     """Semantics: (y, its map of `other` if asked for): attention to `other`, to itself, feed-forward."""
     cross, own, inner, outer = parts
-    x, *maps = cross(x, other, ctx_att_mask=other_mask, output_attentions=output_attentions)
-    x = own(x, mask)[0]
+    asked = {"output_attentions": True} if output_attentions else {}
+    x, *maps = _several(cross(x, other, ctx_att_mask=other_mask, **asked))
+    x, *_ = _several(own(x, mask))
     return outer(inner(x), x), *maps
 
 
+def _several(out):  # the original's parts give a tensor, the library's a tuple
+    return (out,) if isinstance(out, torch.Tensor) else out
+
+
 def _parts(layer, half: str) -> list[nn.Module]:
-    return [layer._modules[name] for name in ("visual_attention", *_PARTS[half])]  # the first attention is that of both
+    return [layer._modules[name] for name in ("visual_attention", *PARTS[half])]  # the first attention is that of both
 
 
 class LxmertHalf(nn.ModuleList):
@@ -70,15 +76,15 @@ class LxmertPair(Calls):
     """Of LxmertXLayers. Semantics: both halves read the pair as it was; (lang, visn), and lang's map if asked for."""
 
     def half(self, layer, half: str):
-        if isinstance(layer, nn.Identity) or isinstance(getattr(layer, _PARTS[half][0]), nn.Identity):
+        if isinstance(layer, nn.Identity) or isinstance(getattr(layer, PARTS[half][0]), nn.Identity):
             return nn.Identity()
         return LxmertHalf(_parts(layer, half))
 
     def pruned(self, layer, half: str):
         """Semantics: what is left of a layer without this half."""
-        for name in _PARTS[half]:
+        for name in PARTS[half]:
             layer._modules[name] = nn.Identity()
-        left = any(not isinstance(self.half(layer, other), nn.Identity) for other in _PARTS)
+        left = any(not isinstance(self.half(layer, other), nn.Identity) for other in PARTS)
         return layer if left else nn.Identity()
 
     def run(self, turn, streams, args, kwargs):
@@ -93,7 +99,7 @@ class LxmertPair(Calls):
         found, shown = [], None
         for k, own in enumerate(((lang, visn, lang_mask, visn_mask), (visn, lang, visn_mask, lang_mask))):
             x, asked, seen = own[0], bool(maps) and k == 0, []
-            parts = [] if skipped[k] else _parts(turn.block, tuple(_PARTS)[k])  # it may have none
+            parts = [] if skipped[k] else _parts(turn.block, tuple(PARTS)[k])  # it may have none
             if per_sample:
 
                 def block(rows, take, own=own, parts=parts, asked=asked, seen=seen):

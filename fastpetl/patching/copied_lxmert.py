@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 
 from fastpetl.patching._copied import has, is_copied, mask, tasks, told
 from fastpetl.patching._copied_turns import SkipsCopied
+from fastpetl.patching._macs import without_hooks
 from fastpetl.patching._seq2seq import attention_check, attention_note
+from fastpetl.patching._turns import Blocks
 from fastpetl.patching.registry import CopiedRule
 
 _NN = "fastpetl.nn.copied_lxmert"
@@ -81,8 +85,8 @@ RULES = (
 
 class CopiedBertFamily(SkipsCopied):
     """Answers for a module that has a list of BERT's layers, CLIP-ViL's with adapters or plain ones, what skipping and
-    counting ask; LXMERT's image layers are a list of their own. Its cross-modal layers, of which CLIP-ViL has none, are
-    no blocks.
+    counting ask. LXMERT has a list of image layers too, and one of pairs, of which CLIP-ViL has none: blocks are then
+    numbered as those of transformers' LXMERT.
     """
 
     name = "BERT (copied)"
@@ -100,9 +104,65 @@ class CopiedBertFamily(SkipsCopied):
         return Calls(form)
 
     def example(self, blocks, layer, empty) -> tuple:
+        if blocks.half is not None:
+            return tuple(map(empty, blocks.lengths))
         tokens = blocks.lengths[0]
         x = empty(tokens)
         return (x, x.new_zeros(1, 1, 1, tokens), *told(layer).values())
+
+    def streams(self, host) -> list:
+        from fastpetl.nn.hf_turns import LxmertPair
+
+        lists = super().streams(host)
+        for prefix, module in host.named_modules():
+            pairs = module._modules.get("x_layers")
+            if not _is_pairs(pairs):
+                continue
+            path, order = f"{prefix}.x_layers".lstrip("."), max(len(host.get_submodule(one.path)) for one in lists)
+            known = pairs.__dict__.get("_fastpetl_streams")
+            calls = LxmertPair() if known is None else known[0].calls
+            if known is None:
+                _check_pair(path, next(iter(pairs._modules.values())))
+            text, image = self.lengths["text"] + self.lengths["image"]
+            lang = Blocks(path, "text", calls, (text, image), order=order, half="lang")
+            visn = Blocks(path, "image", calls, (image, text), order=order, half="visn")
+            texts, images = ([one for one in lists if one.kind == kind] for kind in ("text", "image"))
+            lists = [*texts, lang, *images, visn]
+        return lists
+
+
+def _is_pairs(module) -> bool:
+    """Is it a list of LXMERT's pairs, be some of them pruned?"""
+    if not isinstance(module, nn.ModuleList) or not len(module):
+        return False
+    pairs = {"visual_attention", "lang_self_att", "visn_self_att", "lang_output", "visn_output"}
+    return "_fastpetl_streams" in module.__dict__ or all(
+        pairs <= pair._modules.keys() and is_copied(pair) for pair in module._modules.values()
+    )
+
+
+def _check_pair(path: str, pair) -> None:
+    """Semantics: ValueError if a copy of a pair does not take the original's call, or does not give the pair that its
+    two halves give.
+    """
+    from fastpetl.nn.hf_turns import PARTS, LxmertPair
+
+    trial = without_hooks(copy.deepcopy(pair)).float().eval().requires_grad_(False)
+    device = next(trial.parameters()).device
+    width = next(m for m in trial.modules() if isinstance(m, nn.LayerNorm)).normalized_shape[0]
+    x, y = (torch.linspace(-1, 1, n * width, device=device).view(1, n, width) for n in (5, 3))
+    halves, masks = LxmertPair(), [x.new_zeros(1, 1, 1, n) for n in (5, 3)]
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        try:
+            got = trial(x, masks[0], y, masks[1])
+            want = [halves.half(trial, half)(*own) for half, own in zip(PARTS, ((x, y), (y, x)), strict=True)]
+            pairs = list(zip(got, want, strict=True))
+            same = x.is_meta or all(torch.allclose(*two, atol=1e-4) for two in pairs)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"skip: {path}.0 does not take the original's call ({reason})") from error
+    if not same:
+        raise ValueError(f"skip: {path}.0 gives another pair than its halves give, expected the original's")
 
 
 FAMILY = CopiedBertFamily()

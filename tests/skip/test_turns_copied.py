@@ -47,6 +47,24 @@ def test_both_of_meters_layers_read_the_pair_before():
             assert relative(out["states"], x) <= 1e-6 and relative(out["image"], y) <= 1e-6
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_both_halves_of_lxmerts_pair_read_it_as_it_was(half):
+    model, given = build("copied_lxmert"), inputs("copied_lxmert")
+    names = ["layer.0", "layer.1", "x_layers.0.lang", "x_layers.1.lang", "r_layers.0"]
+    names += ["x_layers.0.visn", "x_layers.1.visn"]
+    assert [b.name for b in fastpetl.blocks(model)] == [f"encoder.{name}" for name in names]
+    pairs = []
+    model.encoder.x_layers[1].register_forward_hook(lambda m, args, out: pairs.append((args, out)))
+    with torch.no_grad():
+        model(**given)
+        (before, after), plan = pairs[0], [i == (3, 6)[half] for i in range(7)]
+        for chosen in (plan, [plan] * BATCH):
+            with fastpetl.skip(model, chosen):
+                out = model(**given)
+            assert relative(out["states"], before[0] if half == 0 else after[0]) <= 1e-6
+            assert relative(out["image"], before[2] if half == 1 else after[1]) <= 1e-6
+
+
 def test_maps_of_those_that_run_a_block():
     model, given, seen = build("copied_vilt"), inputs("copied_vilt"), []
     call = model.call
@@ -69,7 +87,27 @@ class Strict(copied_stacks.copied_vilt.Block):
         return super().forward(x, mask)
 
 
+class Other(copied_stacks.Pair):
+    def forward(self, x, mask, y, y_mask):
+        x = super().forward(x, mask, y, y_mask)[0]
+        return x, super().forward(x, mask, y, y_mask)[1]  # reads the new one
+
+
+class Longer(copied_stacks.Pair):
+    def forward(self, x, mask, y, y_mask, extra):
+        return super().forward(x, mask, y, y_mask)
+
+
 def test_what_cannot_be():
+    for cls, message in (
+        (Other, r"skip: x_layers\.0 gives another pair than its halves give, expected the original's"),
+        (Longer, r"skip: x_layers\.0 does not take the original's call \(TypeError: .*extra"),
+    ):
+        model = build("copied_lxmert")
+        for pair in model.encoder.x_layers:
+            pair.__class__ = cls
+        with pytest.raises(ValueError, match=message):
+            fastpetl.skip(model, [True] * 7)
     for cls, message in (
         (Named, r"skip: blocks\.0 gives a dict, expected its new state, alone or first"),
         (Strict, r"skip: blocks\.0 does not take the original's call \(TypeError: .*extra"),
@@ -94,7 +132,7 @@ def test_what_cannot_be():
 def test_trials_of_copies_are_nobodys_business():
     """Hooks are told of no call that is made to find out what a block gives or costs."""
     told = []
-    for name in ("copied_vilt", "copied_vlt5", "bert"):
+    for name in ("copied_vilt", "copied_lxmert", "copied_vlt5", "bert"):
         model = FAMILIES[name].make()
         for module in model.modules():
             module.register_forward_hook(lambda *_: told.append(1))

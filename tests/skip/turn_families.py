@@ -115,6 +115,7 @@ FAMILIES = {
     "copied_clip": _copied(lambda: copied_stacks.Clip(), "iiii", lambda seen: seen == 0),
     "copied_clip_text": _copied(lambda: copied_stacks.Clip(text=True), "tttt"),
     "copied_bert": _copied(lambda: copied_stacks.Bert(), "tttt", _additive),
+    "copied_lxmert": _copied(lambda: copied_stacks.Lxmert(), "ttttiii", _additive),
     "copied_clipvil": _copied(lambda: copied_stacks.Bert(adapters={}), "tttt", _additive, task="gqa"),
     "copied_vlbart": _copied(lambda: copied_stacks.Seq2Seq(), "eedd", _additive, y=_answers, task="gqa"),
     "copied_vlt5": _copied(lambda: copied_stacks.Seq2Seq(t5=True), "eedd", _additive, y=_answers, task="gqa"),
