@@ -13,12 +13,12 @@ from fastpetl import skip
 from fastpetl.das import Scorer
 from fastpetl.das.scoring import scoring, sequential
 from fastpetl.skip import policies
-from skip.turn_families import BATCH, FAMILIES, NAMES, build, inputs, mask_of, output, rows, values
+from skip.turn_families import BATCH, FAMILIES, NAMES, build, each, inputs, mask_of, output, rows, values
 from vilt_tiny import everything, one_thread, relative  # noqa: F401
 
 
 @pytest.mark.parametrize("patch", [False, True], ids=["plain", "patched"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_each_sample_runs_its_own_blocks(name, patch):
     model, given, mask = build(name, "auto" if patch else None), inputs(name), mask_of(name)
     n = mask.shape[1]
@@ -32,7 +32,8 @@ def test_each_sample_runs_its_own_blocks(name, patch):
         for b in range(BATCH):
             full = output(model, given, mask[b])
             assert not torch.allclose(full, want)
-            assert torch.equal(output(model, given, mask[b].expand(BATCH, n)), full)  # a uniform mask: the static plan
+            if b < 2:  # a uniform mask: the static plan
+                assert torch.equal(output(model, given, mask[b].expand(BATCH, n)), full)
             assert relative(got[b], full[b]) <= 1e-5
             assert few is None or relative(few[b], full[b]) <= 1e-5
         none = output(model, given, [True] * n)
@@ -40,7 +41,7 @@ def test_each_sample_runs_its_own_blocks(name, patch):
     assert everything(model) == before
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_what_a_plan_leaves_out(name):
     """Those blocks are not called, the others once each, on all samples; masks: on the samples that keep them."""
     model, given, called = build(name), inputs(name), []
@@ -88,7 +89,7 @@ def assert_same(got, want):
     assert want.keys() <= got.keys()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_gradients_are_the_sum_of_the_samples(name):
     model, given, mask = build(name, "auto").train(), inputs(name, 3), mask_of(name, 3)
     total = {}
@@ -124,7 +125,7 @@ def recompute(name, model, reentrant):
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_what_nobody_runs_has_zero_gradients(name):
     model, given = build(name).train(), inputs(name, 3)
     every = gradients(model, given, None).keys()
@@ -133,26 +134,28 @@ def test_what_nobody_runs_has_zero_gradients(name):
     mask = torch.tensor([[i in skipped for i in range(n)]] * 3)
     got = gradients(model, given, mask)
     assert every <= got.keys() and all("adapter" in key for key in got.keys() - every)  # DAS's shortcuts, other tasks'
-    names = [fastpetl.blocks(model)[i].name for i in skipped]
-    for block in names:
+    blocks = fastpetl.blocks(model)
+    for block in [blocks[i].name for i in skipped]:
         block, _, half = block.rpartition(".") if block.endswith(".visn") else (block, "", "")
         own = [
             g for key, g in got.items() if key.startswith(f"{block}.{half}") and "relative" not in key
         ]  # T5's is all's
         assert own and not any(g.any() for g in own)
     with torch.no_grad():
-        assert every <= gradients_of_none(model, given).keys()
+        assert every <= gradients_of_none(model, given, n).keys()
 
 
-def gradients_of_none(model, given):
+def gradients_of_none(model, given, n):
     with torch.enable_grad():
-        return gradients(model, given, torch.ones(3, len(fastpetl.blocks(model))).bool())
+        return gradients(model, given, torch.ones(3, n).bool())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_pruning_and_copies(name):
     n, given = len(FAMILIES[name].kinds), inputs(name)
-    for plan in ((0, n - 1), tuple(range(n))):
+    for plan in ((0, n - 1), tuple(range(n)))[
+        : 2 if name in ("bert", "lxmert", "copied_das_vilt", "copied_vlt5") else 1
+    ]:
         model = build(name)
         with torch.no_grad():
             want = output(model, given, fastpetl.SkipPlan(plan))
@@ -164,7 +167,8 @@ def test_pruning_and_copies(name):
             assert torch.equal(values(model(**given)), want)
         assert counted[1] == fastpetl.count(model, given).macs < counted[0] and fastpetl.count(model).total < total
         assert model.state_dict().keys() < keys and fastpetl.skip.pruned(model)
-        assert [b.macs == 0 for b in fastpetl.blocks(model)] == [i in plan for i in range(n)]
+        if len(plan) < n:
+            assert [b.macs == 0 for b in fastpetl.blocks(model)] == [i in plan for i in range(n)]
         others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
         for other in others if len(plan) == n else [*others, fastpetl.patch(model)]:
             with torch.no_grad():
@@ -187,7 +191,7 @@ def unpadded(sample, length):
     return sample | {"x": sample["x"][:, :length]} | {k: sample[k][..., :length] for k in sample if k == "mask"}
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if FAMILIES[name].pooled])
+@pytest.mark.parametrize("name", each(name for name in NAMES if FAMILIES[name].pooled))
 def test_padding_is_nobodys_business(name):
     model, given, mask = build(name), inputs(name), mask_of(name)
     router = policies.Router(FAMILIES[name].hidden, mask.shape[1])
@@ -203,7 +207,7 @@ def test_padding_is_nobodys_business(name):
                     assert relative(got[b : b + 1], model(**alone)[FAMILIES[name].pooled]) <= 1e-4
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", each(NAMES))
 def test_candidates_and_policies(name):
     model, given, n = build(name), inputs(name), len(FAMILIES[name].kinds)
     sets = torch.tensor([[i in chosen for i in range(n)] for chosen in ((1, n - 1), (1, 2), (1,))])
@@ -260,20 +264,13 @@ def test_what_follows_with_the_same_set_is_not_gathered_again(monkeypatch):
     assert moved.count(3) == 2 + 2 + 4  # kept and skipped of two sets, and the order of all after each block
 
 
-FAST = (("bert", True, None),)
-# Which activation a copied adapter has is seen in its values, which are not there while a graph is traced.
-GRAPHS = [
-    case if case in FAST else pytest.param(*case, marks=pytest.mark.slow)
-    for case in itertools.product(NAMES, (False, True), (None, 2))
-    if case[:2] != ("copied_clipvil", True)
-]
-
-
-@pytest.mark.parametrize(("name", "patch", "capacity"), GRAPHS)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "patch", "capacity"), itertools.product(NAMES, (False, True), (None, 2)))
 def test_compiled_once_for_all_masks(name, patch, capacity):
     model, given, mask = build(name, "auto" if patch else None).train(), inputs(name, 3), mask_of(name, 3)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
+    values(model(**given))  # which activation a copied adapter has is seen in its values, not in a graph that is traced
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for one in (mask, ~mask, torch.zeros_like(mask)):
         policy = policies.Masks(one, capacity=capacity)

@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import nn
 
@@ -121,6 +122,12 @@ FAMILIES = {
     "copied_vlt5": _copied(lambda: copied_stacks.Seq2Seq(t5=True), "eedd", _additive, y=_answers, task="gqa"),
 }
 NAMES = list(FAMILIES)
+LIKE_ANOTHER = ("roberta", "copied_vilt", "copied_meter", "copied_bert")  # their tests take long for what they add
+
+
+def each(names):
+    """Parameters of a test, those of LIKE_ANOTHER slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in LIKE_ANOTHER else name for name in names]
 
 
 @functools.cache
