@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from fastpetl.nn.turns import Calls
+from fastpetl.skip import compaction
 
 
 class HFCalls(Calls):
@@ -95,7 +96,7 @@ class LxmertPair(Calls):
         per_sample = streams[0].setting.per_sample
         skipped = [not per_sample and stream.skips(turn.place) for stream in streams]
         if not per_sample and not any(skipped):
-            return turn.block(*args, **kwargs)
+            return compaction.call(turn.block, *args, batch=len(lang), **kwargs)
         found, shown = [], None
         for k, own in enumerate(((lang, visn, lang_mask, visn_mask), (visn, lang, visn_mask, lang_mask))):
             x, asked, seen = own[0], bool(maps) and k == 0, []
@@ -111,7 +112,7 @@ class LxmertPair(Calls):
                 x, on = streams[k].run(turn, x, block, trained, lang_mask)
                 shown = on(seen[0]) if seen else shown
             elif not skipped[k]:
-                x, *of_all = _half(parts, *own, output_attentions=asked)
+                x, *of_all = compaction.call(_half, parts, *own, batch=len(x), output_attentions=asked)
                 shown = of_all[0] if of_all else shown
             found.append(x)
         return (*found, shown) if maps else tuple(found)

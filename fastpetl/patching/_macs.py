@@ -20,9 +20,18 @@ def without_hooks(copied: nn.Module) -> nn.Module:
 
 def weightless(layer: nn.Module) -> nn.Module:
     """Semantics: a copy of the layer on the meta device, without hooks."""
-    tensors = [*layer.parameters(), *layer.buffers()]
+    tensors = [t for module in _with_nets(layer) for t in (*module.parameters(), *module.buffers())]
     memo = {id(t): nn.Parameter(torch.empty_like(t, device="meta"), t.requires_grad) for t in tensors}
     return without_hooks(copy.deepcopy(layer, memo))
+
+
+def _with_nets(module: nn.Module) -> list[nn.Module]:
+    """Semantics: the module and those that its parts hold without having registered them: Hyperformer's networks."""
+    found = [module]
+    for one in found:
+        held = (value for part in one.modules() for value in part.__dict__.values() if isinstance(value, nn.Module))
+        found += [value for value in held if not any(value is other for other in found)]
+    return found
 
 
 def layer_macs(layer: nn.Module, given: dict | tuple) -> int:

@@ -7,8 +7,8 @@ import fastpetl
 import hf_tiny
 from fastpetl import skip
 from fastpetl.skip import policies
-from skip.turn_families import BATCH, build, inputs, mask_of, rows, values
-from vilt_tiny import one_thread, relative  # noqa: F401
+from skip.turn_families import BATCH, build, inputs, mask_of, output, rows, values
+from vilt_tiny import one_thread, randomize, relative  # noqa: F401
 
 
 def test_attention_maps_and_hidden_states():
@@ -119,6 +119,25 @@ def test_with_adapters_of_a_task_and_patched_later():
         fastpetl.task(model, ["gqa"] * BATCH)
     with pytest.raises(ValueError, match="skip: shortcut is 'adapter', but the model has no shortcut adapters"):
         skip.skip(model, mask, shortcut="adapter")
+
+
+@pytest.mark.parametrize("config", [fastpetl.PromptConfig(), fastpetl.HyperformerConfig(tasks=("vqa", "gqa"))])
+def test_with_prompts_and_generated_adapters(config):
+    """What stands among the tokens is the batch's, what is generated knows its layer."""
+    model, given, mask = build("roberta"), inputs("roberta"), mask_of("roberta")
+    fastpetl.attach(model, config)
+    randomize(model, 0.05)
+    if isinstance(config, fastpetl.HyperformerConfig):
+        fastpetl.task(model, "gqa")
+    assert all(b.macs > 0 for b in fastpetl.blocks(model))
+    with torch.no_grad():
+        got = output(model, given, mask)
+        for b in range(BATCH):
+            assert relative(got[b], output(model, given, mask[b])[b]) <= 1e-5
+    model.train()
+    with fastpetl.skip(model, mask):
+        values(model(**given)).square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad and "vqa" not in name)
 
 
 def test_replicas_and_batches_that_do_not_fit():
