@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from fastpetl import backends, ops
+from fastpetl import _measuring, backends, ops
 from fastpetl.spec import ACTIVATIONS, AdapterSpec, activation_code
 from ops.op_cases import adapter_arguments, call_adapter
 
@@ -99,7 +99,7 @@ def test_works_without_the_compiled_part():
 import importlib.util, torch
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == "fastpetl._C" else find(name, *a)
-from fastpetl import backends, ops
+from fastpetl import _measuring, backends, ops
 x, w = torch.randn(3, 8), torch.randn(4, 8)
 assert backends.resolve("adapter", "auto", x).name == "reference"
 assert ops.adapter(x, w, None, w.t(), None, residuals=(x,)).shape == x.shape
@@ -144,3 +144,21 @@ def test_spec():
 def test_spec_errors(field, value, message):
     with pytest.raises(ValueError, match="AdapterSpec: " + message):
         AdapterSpec(**{"hidden": 768, "bottleneck": 96, field: value})
+
+
+@pytest.mark.parametrize(
+    "milliseconds, winner",
+    [
+        ({"cpp": 1.0, "onednn": 1.5, "torch": 2.0}, "cpp"),
+        ({"cpp": 1.02, "onednn": 1.0, "torch": 2.0}, "cpp"),  # ours unless another is 3 % faster
+        ({"cpp": 1.05, "onednn": 1.0, "torch": 2.0}, "onednn"),
+        ({"cpp": 1.02, "onednn": 1.0, "torch": 1.08}, "torch"),  # torch's unless another is 10 % faster
+        ({"cpp": 1.0, "composed": 0.99}, "cpp"),
+        ({"cpp": 1.0, "composed": 0.9}, "composed"),
+        ({"onednn": 1.0, "torch": 1.2}, "onednn"),
+    ],
+)
+def test_who_wins_a_measurement(milliseconds, winner, monkeypatch):
+    monkeypatch.setattr(_measuring, "_cold", lambda runs, times: milliseconds)
+    runs = {name: lambda: torch.ones(3) for name in milliseconds}
+    assert _measuring._measure(runs, next(iter(runs)), 0.0).name == winner
