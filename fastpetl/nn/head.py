@@ -8,16 +8,18 @@ from fastpetl.nn.inline import call_reason, note_fallback, tensor_reason
 
 
 class FusedHead(nn.Linear):
-    """nn.Linear on this machine's fastest GEMM while it is frozen, else torch's own. Made by `fastpetl.patch`, never
-    constructed.
+    """nn.Linear on this machine's fastest GEMM where its weights want no gradient, else torch's own. Made by
+    `fastpetl.patch`, never constructed.
     """
 
     _fastpetl_backend = "auto"
     _fastpetl_fallback = None
 
     def forward(self, x):
+        from fastpetl.ops._common import needs_grad
+
         weight, bias = self.weight, self.bias
-        if weight.requires_grad or bias is not None and bias.requires_grad:
+        if needs_grad(weight, bias):
             return super().forward(x)  # `ops.linear` is about dx alone
         reason = call_reason(self, {}, x) or self._tensors_reason(x)
         if reason is not None:

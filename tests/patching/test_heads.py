@@ -52,6 +52,17 @@ def test_frozen(kind, monkeypatch):
     assert relative(got.logits, want.logits) <= 1e-5
 
 
+def test_trainable_but_not_in_training(monkeypatch):
+    """A fully fine-tuned model's evaluation records no gradient."""
+    patched, seen = fastpetl.patch(text_model("bart")), calls(monkeypatch)
+    with torch.no_grad():
+        run(patched)
+    assert any(weights[0] is patched.lm_head.weight for weights in seen)
+    seen.clear()
+    run(patched)
+    assert not any(weights[0] is patched.lm_head.weight for weights in seen)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_dx(bias):
     patched = fastpetl.patch(text_model("bart"))
