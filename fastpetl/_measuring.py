@@ -22,8 +22,8 @@ class Tuned(NamedTuple):
 
 _TUNED: dict[tuple, Tuned] = {}
 _TUNING = threading.RLock()
-_MARGIN = 1.1  # what another backend must be faster than torch's by: less is the measurement's noise
-_OURS = 1.03  # and our C++ kernels may be slower by: they copy no weights, and no row depends on how many there are
+_NOISE = 1.03  # what another backend must be faster than torch's by, or than our C++ kernels, and for torch's
+_CALL = 0.02  # so many milliseconds besides: its own calls cost least around them
 _CACHE = 32 << 20  # bytes written between two runs: more than a core's caches
 _ROWS = 256  # rows compared with the baseline: a wrong or low-precision kernel is wrong in all of them
 
@@ -49,9 +49,9 @@ def pick(key: tuple, runs: dict, baseline: str, tolerance: float) -> str:
 
     Every candidate must agree with `runs[baseline]` to `tolerance` (relative Frobenius error over the first rows), or
     it is rejected. FASTPETL_TUNE=0: the first of `runs`, nothing measured. Data with infinities or NaN judge nobody:
-    first of `runs`, not remembered. "torch", where it is among them, is taken unless another is 10 % faster: less
-    than that is the measurement's noise, and torch's own calls cost least around them. Else "cpp" is, unless another is
-    3 % faster: its kernels copy no weights, and no row of theirs depends on how many rows there are.
+    first of `runs`, not remembered. "torch", where it is among them, is taken unless another is 3 % and 20 us faster:
+    less than that is the measurement's noise, and torch's own calls cost least around them. Else "cpp" is, unless
+    another is 3 % faster: its kernels copy no weights, and no row of theirs depends on how many rows there are.
     """
     found = _TUNED.get(key)
     if found is not None:
@@ -85,10 +85,11 @@ def _measure(runs, baseline, tolerance):
         times[name] = [_once(runs[name])]
     milliseconds = _cold({name: runs[name] for name in times}, times)
     best = min(milliseconds, key=milliseconds.get)
-    if milliseconds.get("cpp", float("inf")) <= _OURS * milliseconds[best]:
-        best = "cpp"
-    if milliseconds.get("torch", float("inf")) <= _MARGIN * milliseconds[best]:
+    enough = _NOISE * milliseconds[best]
+    if milliseconds.get("torch", float("inf")) <= enough + _CALL:
         best = "torch"
+    elif milliseconds.get("cpp", float("inf")) <= enough:
+        best = "cpp"
     return Tuned(best, milliseconds, rejected)
 
 
