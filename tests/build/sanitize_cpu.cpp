@@ -228,6 +228,12 @@ void linear(int dtype, int64_t rows, int k, std::vector<int> n, int prologue, bo
     f.x = nullptr, f.out = m.out(rows * k);
     fp_active()->linear_backward(f, dtype);
   }
+  for (int then : {FP_RELU, FP_GELU})
+    if (prologue != FP_PROLOGUE_GELU && total % 32 == 0) {
+      f.packed = forward, f.then = then, f.out = m.out(rows * total);
+      f.code = then == FP_GELU ? m.out_bytes(rows * (total / 2 * 5)) : nullptr;
+      fp_active()->linear_forward(f, dtype);
+    }
   free(forward), free(backward);
   m.check();
 }
@@ -318,6 +324,12 @@ std::vector<Case> cases() {
   }
   all.push_back([](int t) { linear(t, 33, 3072, {20}, FP_PROLOGUE_GELU, false); });  // deeper than one block
   all.push_back([](int t) { linear(t, 700, 20, {7000}, FP_NONE, true); });           // large enough to stream
+  for (bool packed : {false, true}) {
+    all.push_back([=](int t) { linear(t, 450, 40, {60, 5, 95}, FP_LAYERNORM, packed); });  // by rows, threads share what they pack
+    all.push_back([=](int t) { linear(t, 70, 40, {60, 5, 95}, FP_NONE, packed); });        // by columns
+  }
+  all.push_back([](int t) { linear(t, 450, 1100, {203}, FP_NONE, false); });               // in chunks of the depth
+  all.push_back([](int t) { linear(t, 30, 203, {1100}, FP_NONE, false); });
   all.push_back([](int t) { phm(t, {{4, 19, 25}, {4, 192, 12}}, true); });
   all.push_back([](int t) { phm(t, {{3, 7, 5}, {2, 1, 33}}, false); });
   return all;
@@ -330,6 +342,7 @@ std::vector<Case> planted() {
       [](int t) { tasks(t, 5, 7, 3, true); },
       [](int t) { linear(t, 5, 7, {3, 5}, FP_LAYERNORM, false); },
       [](int t) { linear(t, 5, 7, {3}, FP_PROLOGUE_GELU, true); },
+      [](int t) { linear(t, 5, 7, {32}, FP_NONE, false); },
       [](int t) { activation(t, 5, 32, FP_GELU); },
       [](int t) { activation(t, 5, 7, FP_RELU); },
       [](int t) { attention(t, 1, 5, 2, 7, true); },
