@@ -228,12 +228,10 @@ void linear(int dtype, int64_t rows, int k, std::vector<int> n, int prologue, bo
     f.x = nullptr, f.out = m.out(rows * k);
     fp_active()->linear_backward(f, dtype);
   }
-  for (int then : {FP_RELU, FP_GELU})
-    if (prologue != FP_PROLOGUE_GELU && total % 32 == 0) {
-      f.packed = forward, f.then = then, f.out = m.out(rows * total);
-      f.code = then == FP_GELU ? m.out_bytes(rows * (total / 2 * 5)) : nullptr;
-      fp_active()->linear_forward(f, dtype);
-    }
+  for (f.then = FP_RELU; f.then <= FP_GELU && prologue != FP_PROLOGUE_GELU && total % 32 == 0; ++f.then) {
+    f.packed = forward, f.out = m.out(rows * total), f.code = f.then == FP_GELU ? m.out_bytes(rows * (total / 2 * 5)) : nullptr;
+    fp_active()->linear_forward(f, dtype);
+  }
   free(forward), free(backward);
   m.check();
 }
@@ -314,24 +312,17 @@ std::vector<Case> cases() {
     }
   for (int64_t tokens : {1, 7, 40, 97, 199})
     for (int dim : {8, 64, 35}) all.push_back([=](int t) { attention(t, 2, tokens, 3, dim, tokens % 2); });
-  all.push_back([](int t) { adapter(t, 33, 80, 48, 3); });                           // where a panel is no multiple of 32
-  all.push_back([](int t) { site(t, 33, 80, 48, 1, 3); });
+  all.push_back([](int t) { adapter(t, 33, 80, 48, 3), site(t, 33, 80, 48, 1, 3); });  // where a panel is no multiple of 32
   for (int norm : {0, 1}) all.push_back([=](int t) { tasks(t, 71, 76, 20, norm); });
   all.push_back([](int t) { site(t, 1700, 760, 8, 2, 3); });                         // several slices
   for (int64_t rows : {1, 33, 700}) {
     all.push_back([=](int t) { activation(t, rows, 96, FP_GELU); });
     for (int k : {1, 7, 96}) all.push_back([=](int t) { activation(t, rows, k, FP_RELU); });
   }
-  all.push_back([](int t) { linear(t, 33, 3072, {20}, FP_PROLOGUE_GELU, false); });  // deeper than one block
-  all.push_back([](int t) { linear(t, 700, 20, {7000}, FP_NONE, true); });           // large enough to stream
-  for (bool packed : {false, true}) {
-    all.push_back([=](int t) { linear(t, 450, 40, {60, 5, 95}, FP_LAYERNORM, packed); });  // by rows, threads share what they pack
-    all.push_back([=](int t) { linear(t, 70, 40, {60, 5, 95}, FP_NONE, packed); });        // by columns
-  }
-  all.push_back([](int t) { linear(t, 450, 1100, {203}, FP_NONE, false); });               // in chunks of the depth
-  all.push_back([](int t) { linear(t, 30, 203, {1100}, FP_NONE, false); });
-  all.push_back([](int t) { phm(t, {{4, 19, 25}, {4, 192, 12}}, true); });
-  all.push_back([](int t) { phm(t, {{3, 7, 5}, {2, 1, 33}}, false); });
+  all.push_back([](int t) { linear(t, 33, 3072, {20}, FP_PROLOGUE_GELU, false), linear(t, 700, 20, {7000}, FP_NONE, true); });  // deep; streamed
+  for (int64_t rows : {450, 70})  // by rows, whose threads share what they pack, and by columns; in chunks of the depth
+    for (int k : {40, 1100}) all.push_back([=](int t) { linear(t, rows, k, {60, 5, 95}, k == 40, rows == 70 && k == 40); });
+  all.push_back([](int t) { phm(t, {{4, 19, 25}, {4, 192, 12}}, true), phm(t, {{3, 7, 5}, {2, 1, 33}}, false); });
   return all;
 }
 // small ones of every op, with all operands
