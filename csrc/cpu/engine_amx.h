@@ -16,6 +16,7 @@ struct TileConfig {
 
 template <int PLANES> struct EngineAmx {
   using Elem = uint16_t;
+  using InPlace = void;  // no tensor is read where it lies
   static constexpr int MR = 16, NP = 32, UNIT = 32, BLOCK_UNITS = PLANES == 1 ? 8 : 4, TILE = 512;
   // Blocks that fit a 2 MiB second-level cache: A's [rows, K_BLOCK]; beyond K_BLOCK all of C's panels stay there too.
   static constexpr int K_BLOCK = 1024, DEEP_K_BLOCK = PLANES == 1 ? 1024 : 768, DEEP_UNITS = PLANES == 1 ? 8 : 6;

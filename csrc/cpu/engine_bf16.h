@@ -1,12 +1,14 @@
 // Matrix engine on AVX512_BF16's dot product: bf16 operands, two terms of the depth in each 32-bit lane, fp32 sums.
 // For bf16 tensors on CPUs without tiles (where tiles are, they are several times faster).
 #pragma once
-#include "vec.h"
+#include "strips.h"
+#include "transpose.h"
 
 namespace FP_ISA {
 
-struct EngineBf16 {
+struct EngineBf16 : Strips<EngineBf16, uint16_t> {
   using Elem = uint16_t;
+  using InPlace = bf16;  // tensors of this type are read where they lie
   static constexpr int MR = 8, NV = 3, NP = NV * VL, UNIT = 32, BLOCK_UNITS = 4, K_BLOCK = 1024, DEEP_K_BLOCK = 1024, DEEP_UNITS = 4;
 
   struct Session {};
@@ -43,46 +45,63 @@ struct EngineBf16 {
   // columns n0..n0+15 of B from 16 rows of its transpose
   template <bool STREAM = false> static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
     const int64_t kp = pad_k(k);
-    for (int64_t k0 = 0; k0 < kp; k0 += 32)
-      for (int j = 0; j < 16; ++j) {
-        Elem* p = b + (n0 + j) / NP * NP * kp + (n0 + j) % NP * 2;
-        uint32_t pairs[16];
-        _mm512_storeu_si512(pairs, pack2(load(rows[j] + k0), load(rows[j] + k0 + 16)));
-        for (int q = 0; q < 16; ++q) memcpy(p + (k0 / 2 + q) * NP * 2, pairs + q, 4);
+    Elem* p = b + n0 / NP * NP * kp + n0 % NP * 2;
+    for (int64_t k0 = 0; k0 < kp; k0 += 32) {
+      __m512i v[16], t[16];
+      for (int j = 0; j < 16; ++j) v[j] = pack2(load(rows[j] + k0), load(rows[j] + k0 + 16));
+      transpose16(v, t);
+      for (int j = 0; j < 16; ++j) _mm512_storeu_si512(p + (k0 + 2 * j) * NP, t[j]);
+    }
+  }
+  // a panel of B, of depth k, from NP rows of its transpose
+  static void put_panel_turned(Elem* p, int64_t k, const Elem* const* rows) {
+    for (int64_t k0 = 0; k0 < k; k0 += 32) {
+      const __mmask32 some = k - k0 >= 32 ? ~0u : (1u << (k - k0)) - 1;
+      for (int g = 0; g < NP; g += 16) {
+        __m512i v[16], t[16];
+        for (int j = 0; j < 16; ++j) v[j] = _mm512_maskz_loadu_epi16(some, rows[g + j] + k0);
+        transpose16(v, t);
+        for (int j = 0; j < 16 && k0 + 2 * j < k; ++j) _mm512_storeu_si512(p + (k0 + 2 * j) * NP + 2 * g, t[j]);
       }
+    }
+  }
+  // two rows of a panel as they lie, the second null behind the last; `left` columns are B's
+  static void put_panel_row(Elem* p, const Elem* const* rows, int64_t left) {
+    for (int v = 0; v < NP; v += VL) {
+      const __mmask16 some = first(left - v);
+      __m512i pairs = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, rows[0] + v));
+      if (rows[1]) pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, rows[1] + v)), 16));
+      _mm512_storeu_si512(p + 2 * v, pairs);
+    }
   }
   static const Elem* panel(const Elem* b, int64_t k, int64_t j, int64_t k0) { return b + j * NP * pad_k(k) + k0 * NP; }
 
-  static void gemm(const Elem* a, int64_t kb, int64_t m, const Elem* b, int64_t, float* c, bool accumulate) {
-    const int64_t kp = pad_k(kb);
-    for (int64_t k0 = 0; k0 < kp; k0 += 512) {
-      const int64_t depth = kp - k0 < 512 ? kp - k0 : 512;
-      for (int64_t i = 0; i < m; i += MR) tile(a + i * kp + k0, kp, b + k0 * NP, depth, c + i * NP, accumulate || k0 > 0);
-    }
-    if (kp == 0 && !accumulate) memset(c, 0, round_up(m, MR) * NP * 4);
-  }
-  static void tile(const Elem* __restrict a, int64_t lda, const Elem* __restrict b, int64_t depth, float* __restrict c, bool accumulate) {
-    __m512 acc[MR][NV] = {};
-    for (int64_t kk = 0; kk < depth; kk += 2, b += 2 * NP, a += 2) {
-      __m512bh bv[NV];
+  static constexpr int TERMS = 2;
+  static constexpr int64_t SLICE = 512;
+  // R rows, NVT vectors of columns of A B, with A[r, k] = a[r * row + k]: done(r, v, sums) gets each vector. b: pairs of
+  // rows of B, ldb pairs each
+  template <int R, int NVT, bool AHEAD = false, class Done>
+  static FP_APART void tile(const Elem* __restrict a, int64_t row, int64_t, const Elem* __restrict b, int64_t ldb, int64_t depth, const Done done,
+                            const char* ahead = nullptr, int64_t step = 0) {
+    __m512 acc[R][NVT] = {};
+    for (int64_t kk = 0; kk < depth; kk += 2, b += 2 * ldb, a += 2) {
+      if (AHEAD) __builtin_prefetch(ahead, 0, 2), ahead += step;
+      __m512bh bv[NVT];
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) bv[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * VL);
+      for (int v = 0; v < NVT; ++v) bv[v] = (__m512bh)_mm512_loadu_si512(b + v * 2 * VL);
 #pragma GCC unroll 8
-      for (int r = 0; r < MR; ++r) {
+      for (int r = 0; r < R; ++r) {
         int32_t pair;
-        memcpy(&pair, a + r * lda, 4);
+        memcpy(&pair, a + r * row, 4);
         const __m512bh av = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-        for (int v = 0; v < NV; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], av, bv[v]);
+        for (int v = 0; v < NVT; ++v) acc[r][v] = _mm512_dpbf16_ps(acc[r][v], av, bv[v]);
       }
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < MR; ++r)
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int v = 0; v < NV; ++v) {
-        const vf s = (vf)acc[r][v];
-        store(c + r * NP + v * VL, accumulate ? load(c + r * NP + v * VL) + s : s);
-      }
+      for (int v = 0; v < NVT; ++v) done(r, v, (vf)acc[r][v]);
   }
 };
 

@@ -2,13 +2,14 @@
 // An engine packs A (by rows, or transposed) and B, and multiplies one NP-wide column panel of B at a time:
 //   C[m, NP] (+)= A[m, k] B[k, NP].   All engines have the same members; kernels are templates over them.
 #pragma once
-#include "ahead.h"
+#include "strips.h"
 #include "transpose.h"
 
 namespace FP_ISA {
 
-struct EngineF32 {
+struct EngineF32 : Strips<EngineF32, float> {
   using Elem = float;
+  using InPlace = float;  // tensors of this type are read where they lie
 #if defined(__AVX512F__)
   static constexpr int MR = 8, NV = 3;
 #elif defined(__AVX2__)
@@ -80,22 +81,14 @@ struct EngineF32 {
     for (; k0 < k; ++k0)
       for (int j = 0; j < NP; ++j) p[k0 * NP + j] = rows[j][k0];
   }
+  // row k of a panel as it lies, of which `left` columns are B's
+  static void put_panel_row(Elem* p, const float* const* row, int64_t left) {
+    for (int v = 0; v < NV; ++v) store(p + v * VL, load(row[0] + v * VL, left - v * VL));
+  }
   static const Elem* panel(const Elem* b, int64_t k, int64_t j, int64_t k0) { return b + j * NP * pad_k(k) + k0 * NP; }
 
-  struct Left { const float* p; int64_t row, col; };  // A[r, k] = p[r * row + k * col]
-  // C has leading dimension NP and round_up(m, MR) rows; b comes from panel(); kb is the packed depth of A.
-  // The depth is cut into slices whose sums are added to C: rounding errors grow with the slice, not with the depth.
+  static constexpr int TERMS = 1;
   static constexpr int64_t SLICE = 256;
-  static void gemm(const Elem* a, int64_t kb, int64_t m, const Elem* b, int64_t, float* c, bool accumulate) {
-    const int64_t kp = pad_k(kb);
-    for (int64_t k0 = 0; k0 < kp; k0 += SLICE) {
-      const int64_t depth = kp - k0 < SLICE ? kp - k0 : SLICE;
-      const Left at = {a + k0, kp, 1};
-      if (accumulate || k0 > 0) slice<MR, NV>(at, round_up(m, MR), b + k0 * NP, NP, depth, nullptr, Into<true>{c, NP});
-      else slice<MR, NV>(at, round_up(m, MR), b + k0 * NP, NP, depth, nullptr, Into<false>{c, NP});
-    }
-    if (kp == 0 && !accumulate) memset(c, 0, round_up(m, MR) * NP * 4);
-  }
   // R rows, NVT vectors of columns of A B, with A[r, k] = a[r * row + k * col]: done(r, v, sums) gets each vector
   template <int R, int NVT, bool AHEAD = false, class Done>
   static FP_APART void tile(const float* __restrict a, int64_t row, int64_t col, const float* __restrict b, int64_t ldb, int64_t depth, const Done done,
@@ -118,65 +111,8 @@ struct EngineF32 {
 #pragma GCC unroll 4
       for (int v = 0; v < NVT; ++v) done(r, v, acc[r][v]);
   }
-  // C = those sums or, where ADD, += them
-  template <bool ADD> struct Into {
-    static constexpr bool ADDS = ADD;
-    float* c;
-    int64_t ldc;
-    FP_INLINED vf sum(int r, int v, vf s) const { return ADD ? load(c + r * ldc + v * VL) + s : s; }
-    FP_INLINED void operator()(int r, int v, vf s) const { store(c + r * ldc + v * VL, sum(r, v, s)); }
-    Into at(int64_t i) const { return {c + i * ldc, ldc}; }
-  };
-  // Those sums, of C's row `row` and the rows behind it, go to finish(row, vector, sums)
-  template <bool ADD, class Finish> struct Finished {
-    Into<ADD> into;
-    int64_t row;
-    const Finish& finish;
-    FP_INLINED void operator()(int r, int v, vf s) const { finish(row + r, v, into.sum(r, v, s)); }
-    Finished at(int64_t i) const { return {into.at(i), row + i, finish}; }
-  };
-
-  // The same on plain matrices: A is read where it lies, nothing is packed, nothing behind row m is touched.
+  // A matrix is read where it lies, wherever that pays: vectors are wide
   static constexpr bool DIRECT = VL == 16;
-  struct Stored {};  // no finish: sums go to C
-  // C[m, NVT vectors] (+)= A[m, k] B[k, ...]. Or finish(row, vector, sums) gets the whole sums while they are in
-  // registers; C then holds only those of the slices before the last.
-  template <int R, int NVT, class Finish = Stored>
-  static void strip(Left a, int64_t m, const float* b, int64_t ldb, int64_t k, float* c, int64_t ldc, bool accumulate, Ahead* ahead = nullptr,
-                    const Finish& finish = {}) {
-    for (int64_t k0 = 0; k0 < k || k0 == 0; k0 += SLICE) {
-      const int64_t depth = k - k0 < SLICE ? k - k0 : SLICE;
-      const Left at = {a.p + k0 * a.col, a.row, a.col};
-      auto run = [&](auto into) {
-        if constexpr (std::is_same<Finish, Stored>::value) slice<R, NVT>(at, m, b + k0 * ldb, ldb, depth, ahead, into);
-        else if (k0 + depth < k) slice<R, NVT>(at, m, b + k0 * ldb, ldb, depth, ahead, into);
-        else slice<R, NVT>(at, m, b + k0 * ldb, ldb, depth, ahead, Finished<decltype(into)::ADDS, Finish>{into, 0, finish});
-      };
-      if (accumulate || k0 > 0) run(Into<true>{c, ldc});
-      else run(Into<false>{c, ldc});
-    }
-  }
-  template <int R, int NVT, class Done>
-  static void slice(Left a, int64_t m, const float* b, int64_t ldb, int64_t depth, Ahead* ahead, const Done& done) {
-    int64_t i = 0;
-    for (; ahead && ahead->more() && i + R <= m; i += R) {
-      if (!ahead->now()) {
-        tile<R, NVT>(a.p + i * a.row, a.row, a.col, b, ldb, depth, done.at(i));
-        continue;
-      }
-      const Ahead::Part part = ahead->take(depth);
-      tile<R, NVT, true>(a.p + i * a.row, a.row, a.col, b, ldb, depth, done.at(i), part.p, part.step);
-    }
-    for (; i + R <= m; i += R) tile<R, NVT>(a.p + i * a.row, a.row, a.col, b, ldb, depth, done.at(i));
-    for (; i + 4 <= m; i += 4) tile<4, NVT>(a.p + i * a.row, a.row, a.col, b, ldb, depth, done.at(i));
-    for (; i < m; ++i) tile<1, NVT>(a.p + i * a.row, a.row, a.col, b, ldb, depth, done.at(i));
-  }
-  // C[m, n] (+)= A[m, k] B with B packed in panels. C's panels lie `panel` floats apart, rows ldc: row-major is (ld, NP).
-  static void product(Left a, int64_t m, int64_t k, const Elem* b, int64_t n, float* c, int64_t ldc, int64_t panel, bool accumulate = false,
-                      Ahead* ahead = nullptr) {
-    for (int64_t j = 0; j * NP < n; ++j) strip<MR, NV>(a, m, b + j * NP * pad_k(k), NP, k, c + j * panel, ldc, accumulate, ahead);
-  }
-  static int64_t steps(int64_t m, int64_t k, int64_t n) { return m / MR * k * ((n + NP - 1) / NP); }  // of one product
 };
 
 }  // namespace FP_ISA

@@ -1,12 +1,12 @@
-// The frozen linears in fp32 on FMA units: an operand without prologue is read where it lies, results leave from the
-// registers, and blocks go to whichever thread is free. A row's result does not depend on its block.
+// The frozen linears on vector units: an operand without prologue is read where it lies, results leave from the registers, and blocks go to whichever thread is free. A row's result does not depend on its block.
 #pragma once
 #include "activation_impl.h"
 #include "linear_weights.h"
 
 namespace FP_ISA {
 
-template <class E> struct DirectLinear {
+template <class T, class E> struct DirectLinear {
+  typedef typename E::Elem Elem;  // T as the engine reads it
   typedef typename E::Left Left;
   typedef LinearWeights<E> Weights;
   struct Block { int64_t row, m, first, last; };  // rows row.. of A, panels first .. last of B
@@ -44,11 +44,11 @@ template <class E> struct DirectLinear {
       for (int64_t q = 0; q < panels; ++q) {
         const int64_t p = (q + start) % panels, j = (at.first + p) * E::NP;
         float* cj = c.p + p * c.panel;
-        const float* bj = b.panel(k0, kn, at.first + p);
+        const Elem* bj = b.panel(k0, kn, at.first + p);
         Ahead ahead;
         if (q + 1 < panels) b.next(ahead, k0, kn, at.first + (p + 1) % panels);
         if (last) fetching(ahead, j);
-        ahead.spread(at.m / E::MR * ((kn + E::SLICE - 1) / E::SLICE), E::SLICE);
+        ahead.spread(at.m / E::MR * ((kn + E::SLICE - 1) / E::SLICE), Weights::STEPS);
         auto product = [&](const auto& end) {
           E::template strip<E::MR, E::NV>(a, at.m, bj, E::NP, kn, cj, c.row, k0 > 0, &ahead, end);
         };
@@ -70,17 +70,17 @@ template <class E> struct DirectLinear {
     return {scratch<float>(6, at.m * E::NP * (one ? 1 : at.last - at.first)), E::NP, one ? 0 : at.m * E::NP};
   }
   // done(true type) where whole vectors of `out` may be streamed past the caches: for outputs too large for them
-  template <class Done> static void by_store(const float* out, int64_t rows, int64_t n, size_t large, const Done& done) {
-    const bool past = rows * n * 4 > (int64_t)large && n % VL == 0 && (uintptr_t)out % (VL * 4) == 0;
+  template <class Done> static void by_store(const T* out, int64_t rows, int64_t n, size_t large, const Done& done) {
+    const bool past = rows * n * sizeof(T) > large && n % VL == 0 && (uintptr_t)out % (VL * sizeof(T)) == 0;
     if (past) done(std::true_type{}), fence();
     else done(std::false_type{});
   }
   // Of the panel after the one at j: its rows of the matrix t [m, n]
-  static void next_panel(Ahead& ahead, const float* t, int64_t n, int64_t m, int64_t j) {
+  static void next_panel(Ahead& ahead, const T* t, int64_t n, int64_t m, int64_t j) {
     const int64_t at = j + E::NP, left = n - at;
-    if (left > 0) ahead.add_columns(t + at, n * 4, m, (left < E::NP ? left : E::NP) * 4);
+    if (left > 0) ahead.add_columns(t + at, n * sizeof(T), m, (left < E::NP ? left : E::NP) * sizeof(T));
   }
-  template <class Past> FP_INLINE void put(Past, float* p, vf v, int64_t lanes) {
+  template <class Past> FP_INLINE void put(Past, T* p, vf v, int64_t lanes) {
     if (!Past::value) store(p, v, lanes);
     else if (lanes > 0) stream_whole(p, v);
   }
@@ -89,16 +89,17 @@ template <class E> struct DirectLinear {
     const bool coded = a.code && !a.then;  // a row's code is written by one thread
     blocks(a.rows, b, b.by_columns && !coded, [&](const Block& at) {
       const int64_t m = at.m;
-      const float* x = (const float*)a.x + at.row * a.k;
-      float *y = (float*)a.out + at.row * n, *stats = a.stats && at.first == 0 ? a.stats + 2 * at.row : scratch<float>(8, 2 * m);
+      const T* x = (const T*)a.x + at.row * a.k;
+      T* y = (T*)a.out + at.row * n;
+      float* stats = a.stats && at.first == 0 ? a.stats + 2 * at.row : scratch<float>(8, 2 * m);
       auto left = [&](int64_t k0, int64_t kn) {
-        if (a.prologue == FP_NONE) return Left{x + k0, a.k, 1};
-        const int64_t ld = round_up(kn, 16) + 16;  // rows in different sets of the caches
-        float* room = scratch<float>(5, m * ld);
+        if (a.prologue == FP_NONE && in_place(a.k)) return Left{(const Elem*)(x + k0), a.k, 1};
+        const int64_t ld = room_width(kn);
+        Elem* room = scratch<Elem>(5, m * ld);
         for (int64_t i = 0; i < m; ++i) prologue(a, x + i * a.k, at.row + i, stats + 2 * i, k0, kn, gamma, beta, room + i * ld);
         return Left{room, ld, 1};
       };
-      by_store((float*)a.out, a.rows, n, large, [&](auto past) {
+      by_store((T*)a.out, a.rows, n, large, [&](auto past) {
         auto ask = [=](Ahead& ahead, int64_t j) { if (!past) next_panel(ahead, y, n, m, j); };
         auto plain = [=](int64_t i, int64_t j, int64_t lanes, vf s) FP_INLINED { put(past, y + i * n + j, s + load(bias + j), lanes); };
         auto relu = [=](int64_t i, int64_t j, int64_t lanes, vf s) FP_INLINED { put(past, y + i * n + j, activate(RELU, s + load(bias + j)), lanes); };
@@ -109,7 +110,7 @@ template <class E> struct DirectLinear {
     });
   }
   template <class Past, class LeftOf>
-  static void forward_gelu(const fp_linear& a, const Block& at, const Weights& b, const float* bias, float* y, Past past, const LeftOf& left) {
+  static void forward_gelu(const fp_linear& a, const Block& at, const Weights& b, const float* bias, T* y, Past past, const LeftOf& left) {
     const int64_t n = b.n, m = at.m;
     uint8_t* code = a.code ? a.code + at.row * GeluCode::row_bytes(n) : nullptr;
     auto ask = [=](Ahead& ahead, int64_t j) { if (!past) next_panel(ahead, y, n, m, j - E::NP); };
@@ -123,26 +124,43 @@ template <class E> struct DirectLinear {
     if (code) block<FROM_PANELS>(at, b, panels(at, b), left, ask, kept);
     else block<FROM_PANELS>(at, b, panels(at, b), left, ask, plain);
   }
-  static void prologue(const fp_linear& a, const float* x, int64_t row, float* stats, int64_t k0, int64_t kn, const float* gamma,
-                       const float* beta, float* out) {
+  // Whether rows of that many elements can be read where they lie: a step of the tile may not reach into the next
+  static bool in_place(int64_t k) { return k % E::TERMS == 0; }
+  static int64_t room_width(int64_t k) { return round_up(k, 32) + 16; }  // rows in different sets of the caches
+  static void put_row(const T* x, int64_t kn, Elem* out) {
+    memcpy(out, x, kn * sizeof(T));
+    if (!in_place(kn)) out[kn] = Elem{};
+  }
+  // Elements k0.. of a row of A; out is as wide as room_width
+  static void prologue(const fp_linear& a, const T* x, int64_t row, float* stats, int64_t k0, int64_t kn, const float* gamma,
+                       const float* beta, Elem* out) {
+    if (a.prologue == FP_NONE) return put_row(x + k0, kn, out);
+    constexpr bool APART = !std::is_same<Elem, float>::value;
+    float* to = APART ? scratch<float>(7, round_up(kn, 32)) : (float*)out;
     if (a.code && !a.then) {
-      memcpy(out, x + k0, kn * 4);
-      return GeluCode::activate_row(out, kn, a.code + row * GeluCode::row_bytes(a.k), a.k, k0);
+      load_row(x + k0, to, kn, kn);
+      GeluCode::activate_row(to, kn, a.code + row * GeluCode::row_bytes(a.k), a.k, k0);
+    } else if (a.prologue == FP_PROLOGUE_GELU) {
+      each_vector(kn, [=](int64_t j, int64_t left) { store(to + j, activate(GELU, load(x + k0 + j, left))); });
+    } else {
+      if (k0 == 0) put_stats(stats, 0, row_stats(x, a.k, a.eps));
+      const RowStats s = row_stats_at(stats, 0);
+      row_normalize(x + k0, to, kn, s, gamma ? gamma + k0 : nullptr, beta ? beta + k0 : nullptr);
     }
-    if (a.prologue == FP_PROLOGUE_GELU) return each_vector(kn, [=](int64_t j, int64_t left) { store(out + j, activate(GELU, load(x + k0 + j, left))); });
-    if (k0 == 0) put_stats(stats, 0, row_stats(x, a.k, a.eps));
-    const RowStats s = row_stats_at(stats, 0);
-    row_normalize(x + k0, out, kn, s, gamma ? gamma + k0 : nullptr, beta ? beta + k0 : nullptr);
+    if constexpr (APART) {
+      for (int64_t j = kn; j < round_up(kn, 32); ++j) to[j] = 0.f;
+      E::put_a_row(out, kn, 0, to);
+    }
   }
 
   static void backward(const fp_linear& a, int64_t n, const Weights& b, const float* gamma, size_t large) {
     if (a.prologue == FP_LAYERNORM) return b.by_columns ? backward_norm_few(a, n, b, gamma) : backward_norm(a, n, b, gamma);
     blocks(a.rows, b, b.by_columns, [&](const Block& at) {
       const int64_t k = a.k, m = at.m;
-      const float *g = (const float*)a.grad + at.row * n, *x = (const float*)a.x + at.row * k;
-      float* dx = (float*)a.out + at.row * k;
-      auto left = [&](int64_t k0, int64_t) { return Left{g + k0, n, 1}; };
-      by_store((float*)a.out, a.rows, k, large, [&](auto past) {
+      const T* x = (const T*)a.x + at.row * k;
+      T* dx = (T*)a.out + at.row * k;
+      auto left = [&](int64_t k0, int64_t kn) { return gradient(a, n, at, k0, kn); };
+      by_store((T*)a.out, a.rows, k, large, [&](auto past) {
         if (a.prologue == FP_NONE)
           block<FROM_REGISTERS>(at, b, panels(at, b), left, [=](Ahead& ahead, int64_t j) { if (!past) next_panel(ahead, dx, k, m, j); },
                        [=](int64_t i, int64_t j, int64_t lanes, vf s) FP_INLINED { put(past, dx + i * k + j, s, lanes); });
@@ -163,14 +181,21 @@ template <class E> struct DirectLinear {
       });
     });
   }
+  static Left gradient(const fp_linear& a, int64_t n, const Block& at, int64_t k0, int64_t kn) {
+    const T* g = (const T*)a.grad + at.row * n + k0;
+    if (in_place(n)) return {(const Elem*)g, n, 1};
+    const int64_t ld = room_width(kn);
+    Elem* room = scratch<Elem>(5, at.m * ld);
+    for (int64_t i = 0; i < at.m; ++i) put_row(g + i * n, kn, room + i * ld);
+    return {room, ld, 1};
+  }
   // dx from the gradient of the norm's output in c, row by row
   static void norm_grad(const fp_linear& a, int64_t row, float* c, const float* gamma) {
-    row_norm_grad(c, (const float*)a.x + row * a.k, a.k, row_stats_at(a.stats, row), gamma, LAYERNORM, c, nullptr, 0,
-                  [out = (float*)a.out + row * a.k](int64_t j, int64_t left, vf v) { store(out + j, v, left); });
+    row_norm_grad(c, (const T*)a.x + row * a.k, a.k, row_stats_at(a.stats, row), gamma, LAYERNORM, c, nullptr, 0,
+                  [out = (T*)a.out + row * a.k](int64_t j, int64_t left, vf v) { store(out + j, v, left); });
   }
   static void sums(const fp_linear& a, int64_t n, const Weights& b, const Block& at, float* c, int64_t width) {
-    const float* g = (const float*)a.grad + at.row * n;
-    block<KEEP>(at, b, {c, width, E::NP}, [&](int64_t k0, int64_t) { return Left{g + k0, n, 1}; }, [](Ahead&, int64_t) {},
+    block<KEEP>(at, b, {c, width, E::NP}, [&](int64_t k0, int64_t kn) { return gradient(a, n, at, k0, kn); }, [](Ahead&, int64_t) {},
                 [](int64_t, int64_t, int64_t, vf) {});
   }
   static void backward_norm(const fp_linear& a, int64_t n, const Weights& b, const float* gamma) {

@@ -7,7 +7,7 @@ namespace FP_ISA {
 
 template <class T, class E> struct Linear {
   using Elem = typename E::Elem;
-  static constexpr bool PLAIN = std::is_same<T, float>::value && std::is_same<Elem, float>::value;
+  static constexpr bool DIRECT = std::is_same<T, typename E::InPlace>::value;
   // scratch slots: 0-3 of the calling thread (shared by its workers), 4-9 of each worker
   static constexpr size_t LARGE = 12 << 20;  // bytes of output from which no cache keeps it for the next op
   static const T* weight_row(const fp_linear& a, int64_t row) {
@@ -86,7 +86,7 @@ template <class T, class E> struct Linear {
       for (int64_t i = 0, at = 0; i < a.count; at += a.n[i++])
         if (a.b[i]) for (int j = 0; j < a.n[i]; ++j) bias[at + j] = up(((const T*)a.b[i])[j]);
     const float *gamma = load_vector<T>(2, a.norm_weight, a.k), *beta = load_vector<T>(3, a.norm_bias, a.k);
-    if constexpr (PLAIN) return DirectLinear<E>::forward(a, n, LinearWeights<E>(a, a.k, n, true, a.packed), bias, gamma, beta, LARGE);
+    if constexpr (DIRECT) return DirectLinear<T, E>::forward(a, n, LinearWeights<E>(a, a.k, n, true, a.packed), bias, gamma, beta, LARGE);
     const Elem* b = packed_operand(a, n, 0);
     const bool large = a.rows * n * sizeof(T) > LARGE;
     row_blocks(a.rows, a.k, n, [&](int64_t r0, int64_t m) {
@@ -129,7 +129,7 @@ template <class T, class E> struct Linear {
   static void backward(const fp_linear& a) {
     const int64_t n = total(a), width = round_up(a.k > n ? a.k : n, 64) + 64;
     const float* gamma = load_vector<T>(2, a.norm_weight, a.k);
-    if constexpr (PLAIN) return DirectLinear<E>::backward(a, n, LinearWeights<E>(a, n, a.k, false, a.packed), gamma, LARGE);
+    if constexpr (DIRECT) return DirectLinear<T, E>::backward(a, n, LinearWeights<E>(a, n, a.k, false, a.packed), gamma, LARGE);
     const Elem* b = packed_operand(a, n, 1);
     const bool norm = a.prologue == FP_LAYERNORM, large = a.rows * a.k * sizeof(T) > LARGE;
     row_blocks(a.rows, n, a.k, [&](int64_t r0, int64_t m) {

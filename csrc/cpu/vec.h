@@ -203,6 +203,7 @@ FP_INLINE void stream_whole(float* p, vf v) {  // p aligned
   store(p, v);
 #endif
 }
+template <class T> FP_INLINE void stream_whole(T* p, vf v) { stream(p, v, VL); }
 // Asks for memory that is needed soon, in a pattern that the hardware does not see
 FP_INLINE void fetch(const void* p, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)p + i, 0, 2);
