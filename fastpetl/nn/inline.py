@@ -30,6 +30,15 @@ class Inlined:
         self.called = frozenset(called)
 
 
+def listened(module: nn.Module) -> bool:
+    """Semantics: would calling it do more than its class's forward: hooks, or a forward of the instance's own?"""
+    state = module.__dict__
+    for hooks in HOOKS:
+        if state[hooks]:
+            return True
+    return "forward" in state
+
+
 def structure(**children: type | Inlined) -> dict[str, Inlined]:
     """Semantics: name -> Inlined for each child; a bare class is a child without children."""
     return {name: c if isinstance(c, Inlined) else Inlined(c) for name, c in children.items()}

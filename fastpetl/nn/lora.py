@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastpetl.nn.inline import HOOKS, call_reason, note_fallback
+from fastpetl.nn.inline import call_reason, listened, note_fallback
 from fastpetl.nn.tasks import Told, in_one_launch, per_sample, stacked, task_ids
 
 
@@ -43,15 +43,17 @@ class LoRALinear(Told, nn.Linear):
 
     def update(self, task) -> tuple:
         """(A, B) of the task."""
-        names = self.tasks
-        if task is None and len({id(self.lora_As[name]) for name in names}) == 1:
-            task = names[0]
-        if task not in names:
+        downs, ups = (self._modules[name]._parameters for name in ("lora_As", "lora_Bs"))
+        if len(downs) < len(self._modules["lora_As"]):  # a DataParallel replica's are its attributes
+            downs, ups = self.lora_As, self.lora_Bs
+        if task is None and len(set(map(id, downs.values()))) == 1:
+            task = next(iter(downs))
+        if task not in downs:
             raise ValueError(
-                f"LoRALinear: task is {task!r}, expected one of {', '.join(names)}: fastpetl.task(model, name), or "
-                "model(..., task=name)"
+                f"LoRALinear: task is {task!r}, expected one of {', '.join(self.tasks)}: fastpetl.task(model, name), "
+                "or model(..., task=name)"
             )
-        return self.lora_As[task], self.lora_Bs[task]
+        return downs[task], ups[task]
 
     def task(self, x):
         """Semantics: the task this call on x is for, a tuple where the samples' differ: one name for all that share an
@@ -138,13 +140,11 @@ class FusedLoRALinear(LoRALinear):
             return False
         if self.weight.dtype != x.dtype or isinstance(self.task(x), tuple):
             return False
-        return not any(self.__dict__[hooks] for hooks in HOOKS) and "forward" not in self.__dict__
+        return not listened(self)
 
     def merged(self, x) -> torch.Tensor:
         """Semantics: W + scale * B A of the task of this call on x, kept while W, A and B stay as they are."""
-        a, b = self.update(self.task(x))
-        made = lambda: torch.addmm(self.weight, b, a, alpha=self.scale)  # noqa: E731
-        return self._cache().get(id(a), (self.weight, a, b), made)
+        return merged_weights((self,), x)[0]
 
     def in_weight(self, x) -> torch.Tensor | None:
         """Semantics: W + scale * B A of this call on x, in training with A's and B's gradients; None where the update
@@ -152,7 +152,7 @@ class FusedLoRALinear(LoRALinear):
         """
         if self.merges(x):
             return self.merged(x)
-        if any(self.__dict__[hooks] for hooks in HOOKS) or "forward" in self.__dict__ or call_reason(self, {}, x):
+        if listened(self) or call_reason(self, {}, x):
             return None
         if self.weight.requires_grad or self.weight.dtype != x.dtype or (self.training and self.dropout > 0):
             return None
@@ -174,6 +174,24 @@ class FusedLoRALinear(LoRALinear):
 def beside_others(linears, x) -> bool:
     """Semantics: can all these projections be taken side by side, those with an update merged?"""
     return all(type(linear) is FusedLoRALinear and linear.merges(x) for linear in linears)
+
+
+def merged_weights(linears, x) -> tuple[torch.Tensor, ...]:
+    """Semantics: the weights of these projections, those with an update merged for this call on x: W + scale * B A of
+    its task, kept together while all their W, A and B stay as they are.
+    """
+    lora = [linear for linear in linears if type(linear) is FusedLoRALinear]
+    if not lora:
+        return tuple(linear.weight for linear in linears)
+    updates = [linear.update(linear.task(x)) for linear in lora]
+    sources = [t for linear, update in zip(lora, updates, strict=True) for t in (linear.weight, *update)]
+
+    def make():
+        pairs = zip(lora, updates, strict=True)
+        return tuple(torch.addmm(linear.weight, b, a, alpha=linear.scale) for linear, (a, b) in pairs)
+
+    made = iter(lora[0]._cache().get(tuple(id(a) for a, _ in updates), sources, make))
+    return tuple(next(made) if type(linear) is FusedLoRALinear else linear.weight for linear in linears)
 
 
 FusedLoRALinear.__name__ = LoRALinear.__name__  # accelerate and others match modules by class name

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastpetl.nn.adapted import CHILD, AdaptedLinear
 from fastpetl.nn.inline import HOOKS, call_reason, note_fallback
-from fastpetl.nn.lora import FusedLoRALinear, beside_others
+from fastpetl.nn.lora import FusedLoRALinear, beside_others, merged_weights
 
 
 class Fused:
@@ -40,13 +40,13 @@ class Fused:
 
         if len(linears) > 1 and not all(type(linear) is nn.Linear or beside_others((linear,), x) for linear in linears):
             return torch.cat([self._one(x, linear, f"{slot}{i}") for i, linear in enumerate(linears)], -1)
-        weights = tuple(linear.merged(x) if type(linear) is FusedLoRALinear else linear.weight for linear in linears)
+        weights = merged_weights(linears, x)
         biases = None if linears[0].bias is None else tuple(linear.bias for linear in linears)
         backend = self._op("linear")
         if behind is None:
             y = ops.linear(x, weights, biases, cache=self._pack(slot), backend=backend)
         else:
-            first = behind.merged(x) if type(behind) is FusedLoRALinear else behind.weight
+            first = merged_weights((behind,), x)[0]
             caches, bias = (self._pack(f"before {slot}"), self._pack(slot)), None if biases is None else biases[0]
             options = {"activation": activation, "backend": backend, "caches": caches}
             y = ops.feed_forward(x, first, behind.bias, *weights, bias, **options)

@@ -41,9 +41,13 @@ class HearsTask:
         return super().forward(*args, **kwargs)
 
     def _route(self, task) -> None:
-        for module in self.modules():
-            if isinstance(module, Told):
-                module.__dict__["_fastpetl_current"] = task
+        below = [self]
+        while below:  # self.modules() takes ten times as long, at every call of every layer
+            for module in below.pop()._modules.values():
+                if isinstance(module, Told):
+                    module.__dict__["_fastpetl_current"] = task
+                if module is not None and module._modules:
+                    below.append(module)
 
 
 class TellsTask(TaskRouted):

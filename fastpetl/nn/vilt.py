@@ -19,7 +19,7 @@ from transformers.models.vilt import modeling_vilt
 from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR, AdaptedLinear
 from fastpetl.nn.adapter import INLINED_ADAPTER, fused_adapter, fused_site
 from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure
-from fastpetl.nn.lora import FusedLoRALinear, beside_others
+from fastpetl.nn.lora import beside_others, merged_weights
 from fastpetl.nn.parts import drop
 from fastpetl.nn.task_layers import fused_routed
 from fastpetl.nn.vilt_das import DASViltLayer, SkipViltEncoder
@@ -231,7 +231,7 @@ class FusedSkipViltEncoder(_SharedMask, SkipViltEncoder):
 
 
 def _side_by_side(x, *linears: nn.Linear) -> tuple[tuple, tuple | None]:
-    weights = tuple(linear.merged(x) if type(linear) is FusedLoRALinear else linear.weight for linear in linears)
+    weights = merged_weights(linears, x)
     return weights, None if linears[0].bias is None else tuple(linear.bias for linear in linears)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ._common import needs_grad
-from ._pack import Sample, state
+from ._pack import Sample, as_made, state
 
 __all__ = ["WeightCache"]
 
@@ -39,7 +39,7 @@ class WeightCache:
             self._held.pop(key, None)  # free the old one first
             # Normal tensors, whatever mode this call is in: they may meet autograd in a later one.
             with torch.inference_mode(False), torch.no_grad():
-                held = (now, Sample(sources), make(), [t.detach() for t in sources])
+                held = (now, Sample(sources), as_made(make()), [t.detach() for t in sources])
             self._held[key] = held
         return held[2]
 

@@ -61,13 +61,14 @@ def state(tensors) -> list:
 class Sample:
     """Semantics: some 64 values spread over each tensor on the CPU, as they were; `same()`: as they are.
 
-    For as long as the tensors' `state` stays: they are read where they lie, in one operation for all.
+    For as long as the tensors' `state` stays: they are read where they lie, in one operation for all. What a
+    `WeightCache` made is nobody's to write to, and not looked at.
     """
 
     __slots__ = ("_read", "_values")
 
     def __init__(self, tensors):
-        self._read = [_spread(t) for t in tensors if t.device.type == "cpu" and t.numel()]
+        self._read = [_spread(t) for t in tensors if t.device.type == "cpu" and t.numel() and not hasattr(t, _MADE)]
         self._values = self._now()
 
     def _now(self):
@@ -80,6 +81,15 @@ class Sample:
         return self._values is None or torch.equal(self._values, self._now())
 
 
+def as_made(made):
+    """Semantics: `made`, a tensor or some, known as what a cache made from others."""
+    for t in (made,) if isinstance(made, torch.Tensor) else made:
+        if isinstance(t, torch.Tensor):
+            setattr(t, _MADE, True)
+    return made
+
+
+_MADE = "_fastpetl_made"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # as numbers NaN would never be equal
 
 

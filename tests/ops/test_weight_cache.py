@@ -117,3 +117,17 @@ def test_cache_in_inference_mode_makes_normal_tensors():
         cache.get("other", [made], lambda: made + 1)
         cache.get("nothing to watch", [], lambda: made + 1)  # a DataParallel replica names no parameters
     assert len(cache) == 1
+
+
+def test_a_made_weight_is_read_by_the_cache_of_its_sources_alone():
+    """What a WeightCache made changes with its sources; a pack of it need not look at its values again."""
+    weight, pack, made = torch.randn(8, 8), ops.PackCache(), ops.WeightCache()
+
+    def packed():
+        merged = made.get("task", [weight], lambda: weight * 2)
+        return pack.get("kind", [merged], lambda: merged.clone())
+
+    first = packed()
+    assert packed() is first and pack._held[1]._values is None
+    weight.data.mul_(3)  # leaves the version counter as it is
+    assert torch.equal(packed(), weight * 2)
