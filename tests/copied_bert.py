@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 
 from copied_vilt import Adapter_Layer
 
@@ -39,6 +40,18 @@ class SelfAttention(nn.Module):
         return (out, p) if output_attentions else (out,)
 
 
+class Intermediate(nn.Module):
+    """act: METER takes transformers', a function when it was written and a module since."""
+
+    def __init__(self, width, inner, act=None):
+        super().__init__()
+        self.dense = nn.Linear(width, inner)
+        self.intermediate_act_fn = ACT2FN["gelu"] if act is None else act
+
+    def forward(self, hidden_states):
+        return self.intermediate_act_fn(self.dense(hidden_states))
+
+
 class Output(nn.Module):
     def __init__(self, inputs, width, drop=0.0, adapter=None):
         super().__init__()
@@ -65,10 +78,10 @@ class Attention(nn.Module):
 
 
 class CrossLayer(nn.Module):
-    def __init__(self, width=16, heads=2, drop=0.0, das=True):
+    def __init__(self, width=16, heads=2, drop=0.0, das=True, act=None):
         super().__init__()
         self.attention, self.crossattention = (Attention(width, heads, drop, das) for _ in range(2))
-        self.intermediate = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU())
+        self.intermediate = Intermediate(width, 2 * width, act)
         self.output = Output(2 * width, width, drop)
         if das:
             self.adapter = Adapter_Layer(width, 6)

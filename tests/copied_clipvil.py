@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from copied_bart import Controller
+from copied_bert import Intermediate
 
 
 class Attention(nn.Module):
@@ -48,17 +49,22 @@ class Gated(type(Controller(4).adapters["vqa"])):
         return self.gate * super().forward(x)
 
 
+def gelu(x):
+    return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+
 class Layer(nn.Module):
     def __init__(self, width=16, heads=2, drop=0.0, adapters=None, gate=False):
         super().__init__()
         self.self, self.cross = Attention(width, heads, drop), Attention(width, heads, drop)
         self.first, self.second = (Output(width, width, drop, adapters, gate) for _ in range(2))
-        self.inner, self.output = nn.Linear(width, 2 * width), Output(2 * width, width, drop, adapters, gate)
+        self.intermediate = Intermediate(width, 2 * width, gelu)
+        self.output = Output(2 * width, width, drop, adapters, gate)
 
     def forward(self, x, y, mask=None, task=None):
         x = self.first(self.self(x, x, mask), x, task)
         x = self.second(self.cross(x, y), x, task)
-        return self.output(nn.functional.gelu(self.inner(x)), x, task)
+        return self.output(self.intermediate(x), x, task)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -105,16 +105,16 @@ class BertLayer(nn.Module):
 
     def __init__(self, adapters):
         super().__init__()
-        self.attention, self.intermediate = nn.Module(), nn.Module()
+        self.attention = nn.Module()
         self.attention.self = copied_clipvil.Attention(16, 2, 0.0)
         self.attention.output = copied_clipvil.Output(16, 16, 0.0, adapters)
-        self.intermediate.dense = nn.Linear(16, 32)
+        self.intermediate = copied_bert.Intermediate(16, 32, copied_clipvil.gelu)
         self.output = copied_clipvil.Output(32, 16, 0.0, adapters)
 
     def forward(self, hidden_states, attention_mask, task=None):
         x = hidden_states
         x = self.attention.output(self.attention.self(x, x, attention_mask), x, task)
-        return self.output(nn.functional.gelu(self.intermediate.dense(x)), x, task)
+        return self.output(self.intermediate(x), x, task)
 
 
 class SelfLayer(nn.Module):
@@ -131,11 +131,6 @@ class SelfLayer(nn.Module):
         return self.output(self.att(x, other, mask), x, None)
 
 
-class Inner(nn.Linear):
-    def forward(self, x):
-        return nn.functional.gelu(super().forward(x))
-
-
 class Out(copied_clipvil.Output):
     def forward(self, x, y):
         return super().forward(x, y, None)
@@ -148,8 +143,8 @@ class Pair(nn.Module):
         super().__init__()
         self.visual_attention = SelfLayer(True)
         self.lang_self_att, self.visn_self_att = SelfLayer(False), SelfLayer(False)
-        self.lang_inter, self.lang_output = Inner(16, 32), Out(32, 16, 0.0, None)
-        self.visn_inter, self.visn_output = Inner(16, 32), Out(32, 16, 0.0, None)
+        self.lang_inter, self.visn_inter = (copied_bert.Intermediate(16, 32, copied_clipvil.gelu) for _ in range(2))
+        self.lang_output, self.visn_output = (Out(32, 16, 0.0, None) for _ in range(2))
 
     def forward(self, x, mask, y, y_mask):
         new = self.visual_attention(x, y, ctx_att_mask=y_mask), self.visual_attention(y, x, ctx_att_mask=mask)

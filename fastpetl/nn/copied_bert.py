@@ -1,5 +1,6 @@
 """BERT's modules as transformers had them when METER and DAS copied them, fused: what `fastpetl.patch` puts before a
-copied `BertSelfAttention`, `BertSelfOutput` (DAS's with its adapter) or `BertOutput`.
+copied `BertSelfAttention`, `BertSelfOutput` (DAS's with its adapter), `BertIntermediate` (CLIP-ViL's and LXMERT's is
+the same) or `BertOutput`.
 
 Sources: zdou0830/METER (CVPR 2022), DoubtedSteam/DAS (NeurIPS 2023). Mixins: the class they join is found by its
 children and proven by numbers (patching/_probe.py).
@@ -10,6 +11,7 @@ from __future__ import annotations
 from torch import nn
 
 from fastpetl.nn import copied_vilt
+from fastpetl.nn.activations import recognised
 from fastpetl.nn.adapter import fused_adapter
 from fastpetl.nn.bert import OUTPUT, PROJECTIONS
 from fastpetl.nn.inline import Inlined, note_fallback, structure
@@ -64,6 +66,29 @@ class CopiedBertSelfAttention(Fused):
         q = heads(self._linear(x, self.query, slot="q"), size)
         k, v = (heads(t, size) for t in self._linear(source, self.key, self.value, slot="kv").chunk(2, -1))
         return (attend(q, k, v, encoder_attention_mask, p),)
+
+
+INTERMEDIATE = structure(dense=nn.Linear)
+
+
+class CopiedBertIntermediate(Fused):
+    """Semantics: act(dense(x)); an exact GELU or a ReLU is computed where the product's results are. Any other
+    activation is called, and a module that somebody listens to.
+    """
+
+    def forward(self, hidden_states):
+        x, act, dense = hidden_states, self.intermediate_act_fn, self.dense
+        if self._declines(INTERMEDIATE, x):
+            return super().forward(x)
+        from fastpetl.ops._common import through_dispatcher
+
+        name = None if through_dispatcher(x) else recognised(act)
+        if name is None:
+            return act(self._linear(x, dense, slot="dense"))
+        from fastpetl import ops
+
+        options = {"activation": name, "backend": self._op("linear"), "cache": self._pack("dense")}
+        return ops.activated_linear(x, dense.weight, dense.bias, **options)
 
 
 def output_structure(output: nn.Module) -> dict[str, Inlined]:

@@ -5,6 +5,7 @@ ops (torch.ops.fastpetl); the others are composed of them.
 """
 
 from ._cache import WeightCache
+from .activated_linear import activated_linear, activated_linear_reference
 from .adapter import adapter, adapter_reference
 from .attention import attention, attention_reference
 from .cross_attention import cross_attention, cross_attention_reference, cross_attention_saves
@@ -33,6 +34,8 @@ __all__ = [
     "HyperWeights",
     "PackCache",
     "WeightCache",
+    "activated_linear",
+    "activated_linear_reference",
     "adapter",
     "adapter_reference",
     "adapter_residual_norm",

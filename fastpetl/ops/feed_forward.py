@@ -7,15 +7,13 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .. import backends
 from . import _linear as lb
-from ._common import autocast_dtype, dense, first_order, fits, needs_grad, rows, through_dispatcher, unflatten
+from ._common import dense, first_order, fits, needs_grad, rows, unflatten
 from ._measured import choose, rows_class
-from .dropout import relu_dropout
+from .activated_linear import check_activation, forward_then, packed_weight, relu_of, servers, takes
 from .linear import PackCache, linear, linear_reference
 
 __all__ = ["feed_forward", "feed_forward_reference"]
-CODES = {"gelu": 2, "relu": 1}  # the ABI of csrc/cpu
 
 
 def feed_forward(x, w1, b1, w2, b2, *, norm=None, activation="gelu", backend="auto", caches=(None, None)):
@@ -29,14 +27,13 @@ def feed_forward(x, w1, b1, w2, b2, *, norm=None, activation="gelu", backend="au
     (rounded to 1.2e-6). "auto" measures that against the two linears once per process and shape class, forward and
     backward together.
     """
-    if activation not in CODES:
-        raise ValueError(f"feed_forward: activation is {activation!r}, expected one of {', '.join(CODES)}")
+    check_activation("feed_forward", activation)
     if len(caches) != 2 or any(c is not None and not isinstance(c, PackCache) for c in caches):
         kinds = ", ".join(type(c).__name__ for c in caches)
         raise TypeError(f"feed_forward: caches is ({kinds}), expected two, each None or a fastpetl.ops.PackCache")
     tensors = (x, w1, b1, w2, b2, *(norm[:2] if _is_norm(norm) else (None, None)))
     if _fits(x, w1, b1, w2, b2, norm) and not needs_grad(*tensors[1:]) and x.numel():
-        names = ("composed",) if activation == "relu" and needs_grad(x) else _serving(backend, x)
+        names = servers(backend, x, activation)
         name = names[0] if len(names) == 1 else _choose(names, tensors, norm, activation, caches)
         if name == "cpp":
             return _joined(tensors, norm, activation, caches)
@@ -48,32 +45,16 @@ def _is_norm(norm) -> bool:
 
 
 def _fits(x, w1, b1, w2, b2, norm) -> bool:
-    """Whether the C++ kernel could take these; what it could not, `linear` computes or refuses."""
-    if (
-        not isinstance(x, torch.Tensor)
-        or through_dispatcher(x)
-        or not x.is_cpu
-        or x.dtype != torch.float32
-        or x.dim() < 1
-    ):
-        return False
-    if autocast_dtype(x) is not None or not all(isinstance(w, torch.Tensor) and w.dim() == 2 for w in (w1, w2)):
+    """Whether the C++ kernels could take these; what they could not, `linear` computes or refuses."""
+    if not takes(x, w1, b1) or not isinstance(w2, torch.Tensor) or w2.dim() != 2:
         return False
     (m, k), n = w1.shape, w2.shape[0]
-    wanted = ((w1, (m, k)), (b1, (m,)), (w2, (n, m)), (b2, (n,)))
+    wanted = ((w2, (n, m)), (b2, (n,)))
     if norm is not None:
         if not _is_norm(norm) or norm[0] is None:
             return False
         wanted += ((norm[0], (k,)), (norm[1], (k,)))
-    return x.shape[-1] == k and m % 32 == 0 and all(t is None or fits(t, shape, x) for t, shape in wanted)
-
-
-def _serving(backend, x) -> tuple:
-    """Of "cpp" and "composed" those that the backend asked for allows, the one to take unmeasured first."""
-    serving = backends.serving("linear", backend, "cpu", x.dtype)
-    if "cpp" not in serving:
-        return ("composed",)
-    return ("cpp",) if len(serving) == 1 else ("cpp", "composed")
+    return all(t is None or fits(t, shape, x) for t, shape in wanted)
 
 
 def _choose(names, tensors, norm, activation, caches) -> str:
@@ -97,7 +78,7 @@ def _composed(tensors, norm, activation, backend, caches):
     h = linear(x, w1, None if b1 is None else (b1,), norm=norm, backend=backend, cache=caches[0])
     options = {"backend": backend, "cache": caches[1], "overwrite": True}
     if activation == "relu":
-        h = relu_dropout(h, backend=backends.for_op("dropout", backend)) if torch.is_grad_enabled() else torch.relu_(h)
+        h = relu_of(h, backend)
     else:
         options["activation"] = "gelu"
     return linear(h, w2, None if b2 is None else (b2,), **options)
@@ -110,18 +91,14 @@ def _joined(tensors, norm, activation, caches):
         return _FeedForward.apply(x, w1, b1, w2, b2, weight, bias, eps)
     if torch.is_grad_enabled():  # a training pass that records nothing keeps no packs: they would raise its peak
         caches = (None, None)
-    y, _, _ = _forward(rows(x), w1, b1, w2, b2, weight, bias, eps, CODES[activation], caches, False)
+    y, _, _ = _forward(rows(x), w1, b1, w2, b2, (weight, bias, eps), activation, caches, False)
     return unflatten(y, x.shape)
 
 
-def _forward(x2, w1, b1, w2, b2, weight, bias, eps, then, caches, keep):
-    ops, packs = torch.ops.fastpetl, []
-    for cache, w in zip(caches, (w1, w2), strict=True):
-        packs.append(None if cache is None else cache.get("cpp", (w,), lambda w=w: ops.cpu_linear_pack([w], False)))
-    prologue = lb.NONE if weight is None else lb.NORM
-    first, second = [] if b1 is None else [b1], [] if b2 is None else [b2]
-    h, stats, code = ops.cpu_linear_forward_then(x2, [w1], first, prologue, weight, bias, eps, packs[0], then, keep)
-    y, _ = ops.cpu_linear_forward(h, [w2], second, lb.NONE, None, None, 0.0, packs[1])
+def _forward(x2, w1, b1, w2, b2, norm, activation, caches, keep):
+    h, stats, code = forward_then(x2, w1, b1, norm, activation, caches[0], keep)
+    second, pack = ([] if b2 is None else [b2]), packed_weight(caches[1], w2)
+    y, _ = torch.ops.fastpetl.cpu_linear_forward(h, [w2], second, lb.NONE, None, None, 0.0, pack)
     return y, stats, code
 
 
@@ -129,7 +106,7 @@ class _FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w1, b1, w2, b2, weight, bias, eps):
         x2 = rows(x)
-        y, stats, code = _forward(x2, w1, b1, w2, b2, weight, bias, eps, CODES["gelu"], (None, None), True)
+        y, stats, code = _forward(x2, w1, b1, w2, b2, (weight, bias, eps), "gelu", (None, None), True)
         ctx.shape = x.shape
         ctx.save_for_backward(None if weight is None else x2, stats, code, w1, w2, weight)
         return unflatten(y, x.shape)

@@ -1,10 +1,12 @@
-"""METER's and DAS-METER's own BERT modules, wherever they were copied: patch rules, and the blocks."""
+"""METER's and DAS-METER's own BERT modules, wherever they were copied: patch rules, and the blocks. Their
+`BertIntermediate` is CLIP-ViL's and LXMERT's too.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from fastpetl.patching._copied import is_copied
+from fastpetl.patching._copied import has, is_copied
 from fastpetl.patching._copied_turns import SkipsCopied
 from fastpetl.patching._seq2seq import attention_check, attention_note
 from fastpetl.patching.copied_lxmert import routed_output
@@ -22,6 +24,11 @@ def _looks_attention(module) -> bool:
 
 def _looks_output(module) -> bool:
     return module._modules.keys() - {"adapter"} == _OUTPUT and is_copied(module) and not routed_output(module)
+
+
+def _looks_intermediate(module) -> bool:
+    own = module._modules.keys() - {"intermediate_act_fn"} == {"dense"}
+    return own and has(module, "intermediate_act_fn") and is_copied(module)
 
 
 def _check_attention(attention) -> str | None:
@@ -45,6 +52,21 @@ def _check_output(output) -> str | None:
     return structure_reason(output, fused.output_structure(output))
 
 
+def _check_intermediate(intermediate) -> str | None:
+    from fastpetl.nn.copied_bert import INTERMEDIATE
+    from fastpetl.nn.inline import structure_reason
+
+    return structure_reason(intermediate, INTERMEDIATE)
+
+
+def _note_intermediate(intermediate) -> str:
+    from fastpetl.nn.activations import recognised
+
+    act = intermediate.intermediate_act_fn
+    name = getattr(act, "__name__", act)
+    return "" if recognised(act) else f"activation {name} is not the exact GELU or a ReLU and runs as it is"
+
+
 def _probe_attention(attention):
     device, width = attention.query.weight.device, attention.query.in_features
     x, source = (torch.randn(2, n, width, device=device) for n in (5, 4))
@@ -60,6 +82,11 @@ def _probe_output(output):
     device = output.dense.weight.device
     h = torch.randn(2, 5, output.dense.in_features, device=device)
     yield (h, torch.randn(2, 5, output.dense.out_features, device=device)), {}
+
+
+def _probe_intermediate(intermediate):
+    dense = intermediate.dense
+    yield (torch.randn(2, 5, dense.in_features, device=dense.weight.device),), {}
 
 
 RULES = (
@@ -79,6 +106,15 @@ RULES = (
         _check_output,
         _probe_output,
         ops=("linear", "residual_norm"),
+    ),
+    CopiedRule(
+        "bert.copied_intermediate",
+        f"{_NN}:CopiedBertIntermediate",
+        _looks_intermediate,
+        _check_intermediate,
+        _probe_intermediate,
+        ops=("linear",),
+        note=_note_intermediate,
     ),
 )
 

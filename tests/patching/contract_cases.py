@@ -130,6 +130,8 @@ KEEP = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1]])  # ViLT's own mask
 HIDE = KEEP == 0  # the CLIP block's are bool
 CAUSAL = torch.full((4, 4), LOW).triu(1).expand(2, 1, 4, 4)
 TOLD = {"causal": CAUSAL, "task": "gqa"}
+INTERMEDIATE = "bert.copied_intermediate"
+METER = _kinds("meter", "copied_attention", "copied_output") | {INTERMEDIATE}
 
 
 def _das(dropout):
@@ -154,8 +156,15 @@ COPIED = {
     ),
     "copied_meter": Case(
         **_copied(lambda dropout: copied_bert.Pair(drop=dropout), _additive(1, 6)),
-        kinds=_kinds("meter", "copied_attention", "copied_output") | {"das.adapter"},
+        kinds=METER | {"das.adapter"},
         block="text.output",
+        linear="dense",
+        layers=("text", "image"),
+    ),
+    "copied_intermediate": Case(
+        **_copied(lambda dropout: copied_bert.Pair(drop=dropout, das=False, act=copied_clipvil.gelu), _additive(1, 6)),
+        kinds=METER,
+        block="image.intermediate",
         linear="dense",
         layers=("text", "image"),
     ),
@@ -176,7 +185,7 @@ COPIED = {
     ),
     "copied_clipvil": Case(
         **_copied(_clip_vil, _additive(1, 6), task="gqa"),
-        kinds=_kinds("lxmert", "copied_attention", "copied_output") | {"vlbart.copied_controller"},
+        kinds=_kinds("lxmert", "copied_attention", "copied_output") | {INTERMEDIATE, "vlbart.copied_controller"},
         block="1.output",
         linear="dense",
         layers=("0", "1"),

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastpetl
 from copied_bert import Output, Pair, SelfAttention
-from patching.contract_cases import assert_close, rows
+from patching.contract_cases import METER, assert_close, rows
 from vilt_tiny import everything, one_thread, randomize, relative  # noqa: F401
 
 MASK = torch.zeros(2, 1, 1, 7)
@@ -45,8 +45,7 @@ def test_same_numbers(das, drop, mask, frozen):
     for name, p in plain.named_parameters():
         p.requires_grad_(not frozen or "adapter" in name or "Norm" in name)
     patched = fastpetl.patch(copy.deepcopy(plain), strict=True)
-    kinds = {"meter.copied_attention", "meter.copied_output"} | ({"das.adapter"} if das else set())
-    assert {row.kind for row in rows(patched).values()} == kinds
+    assert {row.kind for row in rows(patched).values()} == METER | ({"das.adapter"} if das else set())
     for train in (False, True):
         assert_same(patched, plain, mask=mask, train=train)
     assert not any("last original forward" in row.reason for row in rows(patched).values())

@@ -8,7 +8,7 @@ from torch import nn
 
 import fastpetl
 from copied_clipvil import Layer, ResidualAttentionBlock
-from patching.contract_cases import assert_close, fell_back, rows
+from patching.contract_cases import INTERMEDIATE, assert_close, fell_back, rows
 from vilt_tiny import everything, one_thread, randomize, relative  # noqa: F401
 
 MASK = torch.zeros(2, 1, 1, 6)
@@ -56,7 +56,7 @@ def test_the_layers_numbers(adapters, drop, mask):
     given = {"none": None, "gate_and_norms": {"norms": True}}.get(adapters, {})
     plain = layer(drop=drop, adapters=given, gate=adapters.startswith("gate"))
     patched = fastpetl.patch(copy.deepcopy(plain), strict=True)
-    kinds = {"lxmert.copied_attention", "lxmert.copied_output"}
+    kinds = {"lxmert.copied_attention", "lxmert.copied_output", INTERMEDIATE}
     assert {row.kind for row in rows(patched).values()} == kinds | (
         set() if given is None else {"vlbart.copied_controller"}
     )
