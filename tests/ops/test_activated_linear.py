@@ -221,8 +221,21 @@ def test_shapes_dtypes_and_nothing():
         assert y.shape == (0, 64) and dx.shape == (0, 32)
         half = [t.bfloat16() for t in (x, w, b)]
         assert ops.activated_linear(*half, activation=activation).dtype == torch.bfloat16
-        with torch.autocast("cpu", torch.bfloat16):
-            assert ops.activated_linear(x, w, b, activation=activation).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("tune", ["0", "1"])
+def test_autocast_is_torchs(activation, grad, tune, monkeypatch):
+    """Unmeasured, too, where the C++ kernel would come first."""
+    monkeypatch.setenv("FASTPETL_TUNE", tune)
+    tensors = make(24, 32, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = run(ops.activated_linear, tensors, activation, grad)
+        want = run(ops.activated_linear_reference, tensors, activation, grad)
+    assert [t.dtype for t in got] == [t.dtype for t in want] and got[0].dtype == torch.bfloat16
+    for ours, theirs in zip(got, want, strict=True):
+        assert error(ours, theirs.double()) <= 1e-2
 
 
 @pytest.mark.parametrize("grad", [False, True])

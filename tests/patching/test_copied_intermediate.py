@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
@@ -13,9 +14,10 @@ import fastpetl
 from copied_bert import Intermediate
 from copied_clipvil import gelu
 from fastpetl import ops
+from fastpetl.nn import activations
 from fastpetl.nn.activations import own_gelu, recognised
 from patching.contract_cases import INTERMEDIATE, assert_close, fell_back, rows
-from vilt_tiny import one_thread, randomize  # noqa: F401
+from vilt_tiny import one_thread, randomize, relative  # noqa: F401
 
 SEEN = []
 
@@ -69,12 +71,26 @@ def counts(x):
     return F.gelu(x)
 
 
+def hides(x):
+    tell = lambda: SEEN.append(x.shape)  # noqa: E731
+    tell()
+    return F.gelu(x)
+
+
+def imports(x):
+    import builtins
+
+    builtins.print(x.shape)
+    return F.gelu(x)
+
+
 def within(act):
     return lambda x: act(x)
 
 
 GELUS = {"lxmert": gelu, "erfc": by_cdf, "torch": calls_torchs, "lambda": lambda x: F.gelu(x)}
-OTHERS = [tanh_gelu, swish, leaves_half, flat_far_out, tells_a_list, says_so, drops, refuses, counts, within(F.gelu)]
+TELLING = [tells_a_list, says_so, counts, hides, imports, within(F.gelu)]
+OTHERS = [tanh_gelu, swish, leaves_half, flat_far_out, drops, refuses, *TELLING]
 
 
 @pytest.mark.parametrize("name", GELUS)
@@ -99,8 +115,6 @@ def test_a_function_is_asked_once_and_not_kept_alive():
 
     def mine(x):
         return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
-
-    from fastpetl.nn import activations
 
     with Counting():
         assert own_gelu(mine) and asked
@@ -206,6 +220,28 @@ def test_an_activation_that_is_another_one_later(called):
         assert_close(numbers(patched), numbers(plain))
         assert set(called) == {name} - {None}
         called.clear()
+
+
+@pytest.mark.parametrize("how", ["fake", "compiled"])
+def test_nothing_is_asked_of_a_call_without_values(how, called):
+    """A function that was not seen before is called there, and recognised in the first call with values."""
+
+    def mine(x):
+        return x * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0)))
+
+    plain = made(mine)
+    patched = fastpetl.patch(copy.deepcopy(plain), strict=True)
+    activations._found.pop(mine)
+    called.clear()
+    x = torch.randn(2, 7, 16)
+    if how == "fake":
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            assert patched(mode.from_tensor(x)).shape == (2, 7, 64)
+    else:
+        got = torch.compile(patched, fullgraph=True, backend="aot_eager")(x)
+        assert relative(got, plain(x)) <= 1e-5
+    assert not called and mine not in activations._found
+    assert relative(patched(x), plain(x)) <= 1e-5 and called == ["gelu"] and not fell_back(patched)
 
 
 def test_hooks_of_the_linear_are_heard():
