@@ -17,6 +17,7 @@ def _cpu_isas():
     return [f"cpp-{isa}" for isa in module.cpu_isas()] if module else ["cpp"]
 
 
+needs_cpp = pytest.mark.skipif(extension()[0] is None, reason=extension()[1])
 ADAPTER_BACKENDS = ["reference", *_cpu_isas(), "triton", "cuda"]
 SITE_LAUNCHERS = ["reference", "composed", *_cpu_isas(), "triton", "cuda"]
 LINEAR_BACKENDS = ["reference", "torch", "onednn", *_cpu_isas()]

@@ -2,24 +2,15 @@
 threads.
 """
 
-import fastpetl._C as C
 import pytest
 import torch
 
 from fastpetl import ops as functional
+from ops.op_cases import needs_cpp
 
 ops = torch.ops.fastpetl
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.fixture(params=C.cpu_isas())
-def isa(request):
-    before, threads = C.cpu_isa(), torch.get_num_threads()
-    C.set_cpu_isa(request.param)
-    torch.set_num_threads(2)
-    yield request.param
-    C.set_cpu_isa(before)
-    torch.set_num_threads(threads)
+pytestmark = needs_cpp
 
 
 def test_gelu_and_its_gradient_over_the_whole_line(isa):

@@ -2,28 +2,18 @@
 
 import sys
 
-import fastpetl._C as C
 import pytest
 import torch
 
 from fastpetl.ops import multi_adapter, multi_adapter_reference
-from ops.op_cases import assert_two_times
+from ops.op_cases import assert_two_times, needs_cpp
 
 ops = torch.ops.fastpetl
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = ("w_down", "b_down", "w_up", "b_up", "norm_weight", "norm_bias")
 ACT, EPS, SCALE = "gelu_tanh", 1e-5, 0.7
 CONFIG = (True, EPS, 3, SCALE)  # add_x, eps, gelu_tanh, scale
-
-
-@pytest.fixture(params=C.cpu_isas())
-def isa(request):
-    before, threads = C.cpu_isa(), torch.get_num_threads()
-    C.set_cpu_isa(request.param)
-    torch.set_num_threads(2)
-    yield request.param
-    C.set_cpu_isa(before)
-    torch.set_num_threads(threads)
+pytestmark = needs_cpp
 
 
 def arguments(rows, d, r, tasks, dtype, norm=True, bias=True, shared=()):

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-import fastpetl._C as C
 import pytest
 import torch
 import torch.nn.functional as F
 
-from ops.op_cases import assert_two_times
+from ops.op_cases import assert_two_times, needs_cpp
 
 ops = torch.ops.fastpetl
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -15,6 +14,7 @@ OUT = ("s", "n", "z", "stats", "tail_stats")
 GRADS = ("x", "w_down", "b_down", "w_up", "b_up", "norm_weight", "norm_bias", "tail_weight", "tail_bias")
 LAYERNORM, RMSNORM, EPS, TAIL_EPS = 1, 2, 1e-5, 1e-6
 ACT = [lambda z: z, F.relu, F.gelu, lambda z: F.gelu(z, approximate="tanh"), F.silu]
+pytestmark = needs_cpp
 
 
 @dataclass
@@ -40,16 +40,6 @@ FORMS = {
     "linear": Form(False, False, 1, act=0, scale=-2.0, bias=False),
 }
 SIZES = [(199, 768, 96), (1, 760, 8), (199, 1128, 100), (33, 1024, 48), (17, 760, 100), (199, 1024, 8), (5, 24, 3)]
-
-
-@pytest.fixture(params=C.cpu_isas())
-def isa(request):
-    before, threads = C.cpu_isa(), torch.get_num_threads()
-    C.set_cpu_isa(request.param)
-    torch.set_num_threads(2)
-    yield request.param
-    C.set_cpu_isa(before)
-    torch.set_num_threads(threads)
 
 
 def arguments(form, rows, d, r, dtype, seed=3):

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from fastpetl import _C as C
 from fastpetl import backends, ops
+from ops.op_cases import needs_cpp
 
 SIZES = [(1, 5, 32, 7), (3, 48, 96, 48), (199, 760, 320, 100), (433, 64, 1056, 80), (37, 1100, 2080, 24)]
+pytestmark = needs_cpp
 
 
 def make(rows, k, m, n, dtype=torch.float32, biases=True, seed=0):
@@ -50,14 +51,6 @@ def test_two_times_rule(sizes, biases, with_norm, activation, grad):
     got = run(ops.feed_forward, tensors, norm, activation, grad, backend="cpp")
     for ours, theirs, exact in zip(got, plain, want, strict=True):
         assert error(ours, exact) <= 2 * error(theirs, exact) + 1.3e-6  # 20 bits of a GELU's derivative
-
-
-@pytest.fixture(params=C.cpu_isas())
-def isa(request):
-    before = C.cpu_isa()
-    C.set_cpu_isa(request.param)
-    yield request.param
-    C.set_cpu_isa(before)
 
 
 def test_every_instruction_set(isa):

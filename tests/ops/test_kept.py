@@ -2,29 +2,19 @@
 attention without its output, sites from their norm or their inputs.
 """
 
-import fastpetl._C as C
 import pytest
 import torch
 import torch.nn.functional as F
 
 from fastpetl import backends, ops
+from fastpetl._build import extension
 from fastpetl.ops import _attention, _fused
 from fastpetl.spec import AdapterSpec
-from ops.op_cases import assert_two_times
+from ops.op_cases import assert_two_times, needs_cpp
 
 raw = torch.ops.fastpetl
 GELU, RELU = 2, 1
-pytestmark = pytest.mark.skipif(
-    not backends.verify("dropout", "cpp", "cpu", torch.float32)[0], reason="needs the C++ kernels"
-)
-
-
-@pytest.fixture(params=C.cpu_isas())
-def isa(request):
-    before = C.cpu_isa()
-    C.set_cpu_isa(request.param)
-    yield request.param
-    C.set_cpu_isa(before)
+pytestmark = needs_cpp
 
 
 def kept(function, *known):
@@ -61,8 +51,9 @@ def test_code_of_gelu_over_the_whole_line(isa):
     assert ((dx.double() - exact.grad).abs() / x.double().abs().clamp(min=1)).max() < 1.2e-6
     assert (dx[x > 8] == 1).all() and (dx[x < -8] == 0).all()
     torch.testing.assert_close(y, F.gelu(x), rtol=1e-6, atol=2e-6)
-    for other in C.cpu_isas():
-        C.set_cpu_isa(other)
+    module, _ = extension()
+    for other in module.cpu_isas():
+        module.set_cpu_isa(other)
         assert torch.equal(raw.cpu_activation_backward(torch.ones_like(x), code, GELU, 1.0), dx)
 
 

@@ -8,7 +8,7 @@ import torch
 
 from fastpetl import _measuring, backends, ops
 from fastpetl.ops import PackCache, _linear
-from ops.op_cases import LINEAR_BACKENDS, assert_two_times, using
+from ops.op_cases import LINEAR_BACKENDS, assert_two_times, needs_cpp, using
 
 # rows, K, N_i, prologue, biases
 SHAPES = [
@@ -310,6 +310,7 @@ def test_off_the_cpu_torchs_own_linear_serves_and_errors_keep_their_words():
         ops.linear(x, (w,), (torch.zeros(5, device="meta"),))
 
 
+@needs_cpp
 @pytest.mark.parametrize("prologue", [None, "gelu"])
 def test_outputs_too_large_for_the_caches(prologue):
     """They are written past them in whole vectors; the last panel of 64 columns has vectors that are not the row's."""

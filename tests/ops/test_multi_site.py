@@ -1,6 +1,5 @@
 """multi_adapter_residual_norm: each sample's site with its task's weights, beside each task's samples by themselves."""
 
-import fastpetl._C as C
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -8,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from fastpetl import ops
 from fastpetl.ops import multi_site
 from fastpetl.spec import AdapterSpec
-from ops.op_cases import assert_two_times
+from ops.op_cases import assert_two_times, needs_cpp
 
 D, R = 40, 6
 FORMS = {
@@ -21,16 +20,7 @@ FORMS = {
 IDS = {"four": [3, 0, 0, 2, 3], "two": [1, 1, 0, 1, 0], "one": [2] * 5}
 PARTS = ("w_down", "b_down", "w_up", "b_up")
 NORMS = ("norm_weight", "norm_bias", "tail_weight", "tail_bias")
-
-
-@pytest.fixture(params=C.cpu_isas())
-def isa(request):
-    before, threads = C.cpu_isa(), torch.get_num_threads()
-    C.set_cpu_isa(request.param)
-    torch.set_num_threads(2)
-    yield request.param
-    C.set_cpu_isa(before)
-    torch.set_num_threads(threads)
+pytestmark = needs_cpp
 
 
 def spec_of(form, d=D, r=R):

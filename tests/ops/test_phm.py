@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch.library import opcheck
 
 from fastpetl import ops
-from ops.op_cases import _cpu_isas, assert_two_times, using
+from ops.op_cases import _cpu_isas, assert_two_times, needs_cpp, using
 
 BACKENDS = ["reference", *_cpu_isas(), "triton"]
 FUSED = ["cpp", "triton"]
@@ -101,6 +101,7 @@ def test_gradients_only_where_wanted(label):
         assert not any(t.any() for t in unused)
 
 
+@needs_cpp
 def test_the_same_bits_for_any_number_of_threads():
     rules, weights = draw([(4, 192, 24), (4, 24, 192)] * 6)
     threads, seen = torch.get_num_threads(), []

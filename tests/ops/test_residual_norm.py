@@ -5,7 +5,7 @@ import torch
 
 from fastpetl import backends, ops
 from fastpetl.ops._dropout import dropout_keep
-from ops.op_cases import _cpu_isas, assert_two_times, using
+from ops.op_cases import _cpu_isas, assert_two_times, needs_cpp, using
 
 BACKENDS = ["reference", "torch", *_cpu_isas(), "triton"]
 NAMES = ("x", "f", "weight", "bias")
@@ -162,6 +162,7 @@ def test_infinities_and_nan_stay_in_their_rows():
     assert torch.equal(s.isfinite(), x.isfinite()) and torch.equal(n.isnan(), want.isnan())
 
 
+@needs_cpp
 def test_same_bits_for_any_number_of_threads():
     tensors = arguments((301, 768), torch.float32, "layernorm")
     grads = [torch.randn(301, 768) for _ in range(2)]
@@ -279,7 +280,7 @@ def test_errors(error, change):
 
 
 @pytest.mark.parametrize("emit", ["both", "norm"])
-@pytest.mark.skipif(not _cpu_isas(), reason="fastpetl._C is not built")
+@needs_cpp
 def test_what_is_measured_is_what_is_emitted(emit, monkeypatch):
     """A backend that is right is not rejected for an output nobody asked for."""
     monkeypatch.setenv("FASTPETL_TUNE", "1")
