@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from fastpetl.nn.joined import joined
 from fastpetl.nn.turns import Calls, Setting, of_each
 from fastpetl.skip import columns
 from fastpetl.skip.decided import Decided
@@ -171,17 +172,7 @@ class KnowsItsOutput:
 @functools.cache
 def knowing(original: type) -> type:
     """Semantics: `original`, an encoder, with `KnowsItsOutput` before it."""
-
-    def reduce(self, protocol):  # the class has no name of its own to be found by
-        return _rebuild, (original,), *object.__reduce_ex__(self, protocol)[2:]
-
-    body = {"__module__": original.__module__, "__reduce_ex__": reduce}
-    return type(original.__name__, (KnowsItsOutput, original), body)
-
-
-def _rebuild(original: type):
-    cls = knowing(original)
-    return cls.__new__(cls)
+    return joined(KnowsItsOutput, original, (knowing,))
 
 
 def original_of(cls: type) -> type:

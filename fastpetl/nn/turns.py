@@ -10,6 +10,7 @@ import functools
 
 import torch
 
+from fastpetl.nn.joined import joined
 from fastpetl.skip import columns, compaction
 
 
@@ -232,17 +233,7 @@ class TakesTurns:
 @functools.cache
 def taking_turns(original: type) -> type:
     """Semantics: `original`, a ModuleList or Sequential or one derived from them, that gives turns."""
-
-    def reduce(self, protocol):  # the class has no name of its own to be found by
-        return _rebuild, (original,), *object.__reduce_ex__(self, protocol)[2:]
-
-    body = {"__module__": original.__module__, "__reduce_ex__": reduce}
-    return type(original.__name__, (TakesTurns, original), body)
-
-
-def _rebuild(original: type):
-    cls = taking_turns(original)
-    return cls.__new__(cls)
+    return joined(TakesTurns, original, (taking_turns,))
 
 
 def original_of(cls: type) -> type:

@@ -83,19 +83,13 @@ class CopiedRule:
 
 @functools.cache
 def _derived(rule: CopiedRule, original: type) -> type:
-    mixin = load(rule.replacement)
+    from fastpetl.nn.joined import joined
 
-    def reduce(self, protocol):  # the class has no name of its own to be found by
-        return _rebuild, (rule.replacement, original), *object.__reduce_ex__(self, protocol)[2:]
-
-    body = {"__module__": original.__module__, "__reduce_ex__": reduce, "_fastpetl_rule": rule}
-    return type(original.__name__, (mixin, original), body)
+    return joined(load(rule.replacement), original, (_derived_again, rule.replacement), _fastpetl_rule=rule)
 
 
-def _rebuild(replacement: str, original: type) -> nn.Module:
-    rule = next(rule for rule in rules() if rule.replacement == replacement)
-    cls = _derived(rule, original)
-    return cls.__new__(cls)
+def _derived_again(original: type, replacement: str) -> type:
+    return _derived(next(rule for rule in rules() if rule.replacement == replacement), original)
 
 
 def patched_by(cls: type) -> tuple[Rule | CopiedRule, type] | None:
