@@ -25,7 +25,10 @@ class Policy:
     pools: bool = False
 
     def masks(self, x: torch.Tensor, n_blocks: int, training: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-        raise NotImplementedError(f"{type(self).__name__}.masks is not defined, expected every policy to define it")
+        raise NotImplementedError(
+            f"skip: policy is {type(self).__name__}, which does not define masks, expected a subclass of Policy with "
+            "masks(self, x, n_blocks, training) that returns (mask [batch, n_blocks] bool, True = skip; scale or None)"
+        )
 
 
 def _capacity(value, function: str):

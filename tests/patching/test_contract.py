@@ -1,6 +1,7 @@
 """What patching must leave as it was, in every family: names, objects, hooks, copies, other models, the way back."""
 
 import copy
+import inspect
 import io
 import pickle
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import fastpetl
+from fastpetl.patching import registry
 from patching.contract_cases import (
     CASES,
     NAMES,
@@ -270,3 +272,10 @@ def test_strict_and_filter_fn(name):
     assert_close(outputs(name, model), want)
     fastpetl.patch(model, strict=True)
     assert not fastpetl.report(model).declined
+
+
+def test_families_define_what_their_bases_leave_open():
+    """So that no user comes to a bare NotImplementedError."""
+    for family in registry.families():
+        for name, method in inspect.getmembers(type(family), inspect.isfunction):
+            assert "raise NotImplementedError" not in inspect.getsource(method), (family.name, name)

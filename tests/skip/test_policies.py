@@ -172,8 +172,15 @@ def test_callables():
         policies.Callback(3)
     with pytest.raises(ValueError, match="Masks: mask is list, expected a bool tensor"):
         policies.Masks([[True]])
-    with pytest.raises(NotImplementedError, match="Policy.masks is not defined, expected every policy to define it"):
-        policies.Policy().masks(None, 1, True)
+
+
+def test_a_policy_without_masks():
+    class Undecided(policies.Policy):
+        pass
+
+    message = r"skip: policy is Undecided, which does not define masks, expected .*masks\(self, x, n_blocks, training\)"
+    with pytest.raises(NotImplementedError, match=message):
+        logits(tiny_das(), Undecided())
 
 
 @pytest.mark.parametrize("kind", ["vilt", "meter", "vlbart", "t5"])
