@@ -170,28 +170,76 @@ def _unpatched(model: nn.Module):
 
 # --- python -m fastpetl count -----------------------------------------------------------------------------------------
 
+_PATCH = {"vilt": 32, "meter": 16}  # pixels a side
+_DAS = ("vilt and meter", ("image_size", "text_tokens", "skip", "bottleneck", "skip_bottleneck", "no_adapters"))
+_METHODS = ("vlbart and vlt5", ("method",))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastpetl count",
+        description="Parameters and MACs (multiply-accumulates of one forward) of a model of the paper's size with "
+        "random weights; nothing is downloaded.",
+    )
+    parser.add_argument(
+        "model",
+        choices=[*_PATCH, "vlbart", "vlt5"],
+        help="vilt, meter: ViLT-B/32 and METER (CLIP-B/16, RoBERTa-base) for VQAv2 with DAS adapters; vlbart, vlt5: "
+        "what VL-Adapter's methods train, beside the paper's numbers; parameters only",
+    )
+    das = parser.add_argument_group(f"for {_DAS[0]}")
+    das.add_argument(
+        "--image-size",
+        type=int,
+        nargs=2,
+        default=(384, 384),
+        metavar=("H", "W"),
+        help="pixels, for meter a square, default: 384 384",
+    )
+    das.add_argument("--text-tokens", type=int, default=40, metavar="N", help="default: 40")
+    das.add_argument(
+        "--skip", type=int, nargs="*", default=(), metavar="I", help="blocks to skip, the first is 0, default: none"
+    )
+    das.add_argument("--bottleneck", type=int, metavar="R", help="width of the adapters in the blocks, default: 96")
+    das.add_argument(
+        "--skip-bottleneck",
+        type=int,
+        metavar="R",
+        help="width of the adapters that stand for skipped blocks, default: 192 for vilt, 288 for meter",
+    )
+    das.add_argument("--no-adapters", action="store_true", help="the plain model: a skipped block gives its input")
+    methods = parser.add_argument_group(f"for {_METHODS[0]}")
+    methods.add_argument(
+        "--method",
+        help="adapter, compacter, lowrank, hyperformer, lora, prompt or baseline (nothing added), default: all",
+    )
+    return parser
+
+
+def _check(parser, args) -> None:
+    """What says nothing about this model, or is impossible, is a usage error."""
+    models, options = _METHODS if args.model in _PATCH else _DAS
+    for name in options:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is for {models}, not for {args.model}")
+    least = _PATCH.get(args.model, 1)
+    if min(args.image_size) < least:
+        parser.error(f"--image-size is {' '.join(map(str, args.image_size))}, expected {least} or more")
+    for name in ("text_tokens", "bottleneck", "skip_bottleneck"):
+        value, option = getattr(args, name), "--" + name.replace("_", "-")
+        if value is not None and value < 1:
+            parser.error(f"{option} is {value}, expected 1 or more")
+        if args.no_adapters and value is not None and name != "text_tokens":
+            parser.error(f"{option} is {value}, expected none with --no-adapters")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Semantics: the command line: counts a model of the paper's size with random weights."""
-    parser = argparse.ArgumentParser(prog="python -m fastpetl count", description="Parameters and MACs of a model.")
-    parser.add_argument(
-        "model",
-        choices=["vilt", "meter", "vlbart", "vlt5"],
-        help="vilt, meter: ViLT-B/32 and METER (CLIP-B/16, RoBERTa-base) for VQAv2 with DAS adapters; vlbart, vlt5: "
-        "VL-Adapter's methods on them, parameters only",
-    )
-    parser.add_argument("--method", help="vlbart, vlt5: one of VL-Adapter's methods, default: all")
-    parser.add_argument(
-        "--image-size", type=int, nargs=2, default=(384, 384), metavar=("H", "W"), help="default: 384 384"
-    )
-    parser.add_argument("--text-tokens", type=int, default=40, help="default: 40")
-    parser.add_argument("--skip", type=int, nargs="*", default=(), metavar="I", help="blocks to skip, default: none")
-    parser.add_argument("--bottleneck", type=int, help="of the adapters in the blocks, default: 96")
-    parser.add_argument("--skip-bottleneck", type=int, help="of the shortcut adapters, default: 192, METER's 288")
-    parser.add_argument("--no-adapters", action="store_true", help="the plain model: no adapters, skipping by identity")
+    parser = _parser()
     args = parser.parse_args(argv)
+    _check(parser, args)
     try:
-        return (_das if args.model in ("vilt", "meter") else _methods)(parser, args)
+        return (_das if args.model in _PATCH else _methods)(parser, args)
     except ImportError as error:
         print(f"count: transformers does not import ({error}): pip install transformers")
         return 1
@@ -201,7 +249,7 @@ def _das(parser, args) -> int:
     from fastpetl.methods import DASConfig, attach
     from fastpetl.skip import SkipPlan, blocks, skip
 
-    (height, width), patch = args.image_size, 32 if args.model == "vilt" else 16
+    (height, width), patch = args.image_size, _PATCH[args.model]
     if args.model == "meter" and height != width:
         parser.error(f"--image-size is {height} {width}, expected a square for meter")
     model, inputs = (_vilt if args.model == "vilt" else _meter)(height, width, args.text_tokens)

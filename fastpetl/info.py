@@ -81,7 +81,10 @@ def render(info: dict) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Semantics: prints what was built and what works here; --json prints the same as JSON. Returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m fastpetl info", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m fastpetl info",
+        description="What was built, which backends of which ops work on this machine, and why the rest does not.",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     args = parser.parse_args(argv)
     info = gather()

@@ -88,20 +88,33 @@ def _parser() -> argparse.ArgumentParser:
         "family, op by op; skip: MACs skipped against time saved, of ViLT and METER; tasks: decoding with each method, "
         "tasks mixed; adapterhub: AdapterHub's adapters and ours on the same T5 and BART",
     )
-    parser.add_argument("--quick", action="store_true", help="few samples")
-    parser.add_argument("--json", metavar="FILE", help="write everything measured to FILE")
+    parser.add_argument(
+        "--quick", action="store_true", help="3 samples of each variant in place of 9, of ops 5 in place of 15"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also write everything measured to FILE")
     parser.add_argument(
         "--only",
         default="",
         metavar="PART[,PART]",
-        help="run what contains a PART: vilt fp32/train/patched or bf16/memory/eager, models vlbart/fp32, "
-        "ops fp32/adapter/r96/forward/cpp, skip meter/train/static or vilt/scoring, tasks decode/lora or train/mixed",
+        help="run only what has a PART in its path, default: all; vilt fp32/train/patched or bf16/memory/eager, "
+        "models vlbart/fp32, ops fp32/adapter/r96/forward/cpp, skip meter/train/static or vilt/scoring, tasks "
+        "decode/lora or train/mixed",
     )
     parser.add_argument(
-        "--batch", type=int, default=0, metavar="N", help="vilt, models, methods, adapterhub: samples a batch (no bars)"
+        "--batch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="vilt, models, methods, adapterhub: samples a batch, default: ViLT 8, METER 2, others 16; goals, "
+        "which are for these, are then left out",
     )
     parser.add_argument("--losses", action="store_true", help="vilt: compare 50 training losses as well (minutes)")
-    parser.add_argument("--default-malloc", action="store_true", help="leave glibc's malloc as it is")
+    parser.add_argument(
+        "--default-malloc",
+        action="store_true",
+        help="leave glibc's malloc as it is; otherwise it is told to keep its pages, as mapping them anew differs "
+        "between variants by chance",
+    )
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # for tests: sizes that mean nothing
     return parser
 

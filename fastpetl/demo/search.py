@@ -25,10 +25,17 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m fastpetl search",
         description="Search which blocks of the demo's ViLT can be skipped on easy-VQA, while its adapters train.",
     )
-    made.add_argument("--out", type=Path, default=Path("fastpetl-search"), help="folder for plan.json and plan.png")
+    made.add_argument(
+        "--out",
+        type=Path,
+        default=Path("fastpetl-search"),
+        help="folder for plan.json and plan.png (default: %(default)s)",
+    )
     made.add_argument("--steps", type=int, default=240, help="training steps (default: %(default)s)")
     many = made.add_mutually_exclusive_group()
-    many.add_argument("--skip", type=int, metavar="K", help=f"blocks to skip (default: {SKIP})")
+    many.add_argument(
+        "--skip", type=int, metavar="K", help=f"how many of the {BLOCKS} blocks to skip (default: {SKIP})"
+    )
     many.add_argument(
         "--budget-macs",
         type=float,
@@ -36,19 +43,36 @@ def parser() -> argparse.ArgumentParser:
         help="in place of --skip: multiply-accumulates of a sample to save at least, e.g. 20e6; the search fills it by "
         "gate per multiply-accumulate",
     )
-    made.add_argument("--turn", type=int, default=5, help="steps between rewards (default: %(default)s)")
-    made.add_argument("--candidates", type=int, default=3, help="sets per reward (default: %(default)s)")
-    made.add_argument("--per-sample", action="store_true", help="train each sample with a set of its own")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--threads", type=int, default=2)
+    made.add_argument(
+        "--turn",
+        type=int,
+        default=5,
+        metavar="N",
+        help="training steps from one scoring of sets on validation questions to the next (default: %(default)s)",
+    )
+    made.add_argument(
+        "--candidates",
+        type=int,
+        default=3,
+        metavar="N",
+        help="different sets of blocks scored each time, at least 2 (default: %(default)s)",
+    )
+    made.add_argument(
+        "--per-sample", action="store_true", help="in training each sample skips a set drawn for it alone"
+    )
+    made.add_argument(
+        "--seed", type=int, default=0, help="of new weights, sets and the questions' order (default: %(default)s)"
+    )
+    made.add_argument("--threads", type=int, default=2, help="CPU threads (default: %(default)s)")
     made.add_argument(
         "--compare",
         type=int,
         default=0,
         metavar="N",
-        help="then train anew with nothing skipped, with the plan, with N random plans of as many blocks; test each",
+        help="then train anew with nothing skipped, with the plan, with N random plans of as many blocks; test each "
+        "and write results.json (default: 0, none of it)",
     )
-    made.add_argument("--quick", action="store_true", help="a few steps on a few questions")
+    made.add_argument("--quick", action="store_true", help="at most 8 steps, on 64 questions")
     return made
 
 
@@ -147,7 +171,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if args.skip is None:  # not argparse's default: it takes --skip 4 for "not given" and would let --budget-macs pass
         args.skip = SKIP
-    for name, least, most in (("skip", 1, BLOCKS), ("turn", 1, None), ("candidates", 2, None), ("steps", 1, None)):
+    for name, least, most in (
+        ("skip", 1, BLOCKS),
+        ("turn", 1, None),
+        ("candidates", 2, None),
+        ("steps", 1, None),
+        ("threads", 1, None),
+        ("compare", 0, None),
+    ):
         value = getattr(args, name)
         if value < least or most is not None and value > most:
             expected = f"{least} or more" if most is None else f"{least} to {most}"

@@ -113,9 +113,11 @@ def test_quick_run_does_not_check_accuracies():
     assert names and not any("accuracy" in name for name in names)
 
 
-def test_bad_numbers_on_the_command_line_are_errors():
-    with pytest.raises(ValueError, match="demo: --steps is 0, expected at least 1"):
-        fastpetl.demo.main(["--steps", "0"])
+def test_bad_numbers_on_the_command_line_are_errors(capsys):
+    for option in ("--steps", "--threads"):
+        with pytest.raises(SystemExit) as stop:
+            fastpetl.demo.main([option, "0"])
+        assert stop.value.code == 2 and f"{option} is 0, expected 1 or more" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_is_an_error(tmp_path):

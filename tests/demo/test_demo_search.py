@@ -46,6 +46,8 @@ def test_search_within_a_budget(tmp_path, capsys):
         (["--skip", "12"], "--candidates is 3, but there are only 1 sets of 12"),
         (["--turn", "0"], "--turn is 0, expected 1 or more"),
         (["--candidates", "1"], "--candidates is 1, expected 2 or more"),
+        (["--threads", "0"], "--threads is 0, expected 1 or more"),
+        (["--compare", "-1"], "--compare is -1, expected 0 or more"),
         (["--skip", "4", "--budget-macs", "1e6"], "--budget-macs: not allowed with argument --skip"),
         (["--budget-macs", "much"], "--budget-macs: invalid float value: 'much'"),
         (["--budget-macs", "nan"], "--budget-macs is nan, expected more than 0 and at most "),
