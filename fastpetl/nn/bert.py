@@ -10,12 +10,14 @@ from torch import nn
 from transformers.activations import GELUActivation
 from transformers.models.bert import modeling_bert as hf
 
+from fastpetl.nn.activations import recognised
 from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR
 from fastpetl.nn.inline import Inlined, structure
 from fastpetl.nn.parts import Fused, cached_keys, exact_gelu, heads, interface
 from fastpetl.nn.task_layers import fused_routed
 
 PROJECTIONS = structure(query=LORA_LINEAR, key=nn.Linear, value=LORA_LINEAR)
+INTERMEDIATE = structure(dense=nn.Linear)
 OUTPUT = structure(dense=OUTPUT_LINEAR, LayerNorm=nn.LayerNorm, dropout=nn.Dropout)
 
 
@@ -70,6 +72,27 @@ class Output(Fused):
             return super().forward(hidden_states, input_tensor)
         keep = "sum" if self._forward_hooks else "norm"  # a hook might write to what is kept
         return self._output(hidden_states, self.dense, self.dropout, input_tensor, self.LayerNorm, keep, slot="dense")
+
+
+class Intermediate(Fused):
+    """Semantics: act(dense(x)); an exact GELU or a ReLU is computed where the product's results are. Any other
+    activation is called, and a module that somebody listens to. Mixin of a fused BertIntermediate that is called by
+    itself, before the original.
+    """
+
+    def forward(self, hidden_states):
+        x, act, dense = hidden_states, self.intermediate_act_fn, self.dense
+        if self._declines(INTERMEDIATE, x):
+            return super().forward(x)
+        from fastpetl.ops._common import through_dispatcher
+
+        name = None if through_dispatcher(x) else recognised(act)
+        if name is None:
+            return act(self._linear(x, dense, slot="dense"))
+        from fastpetl import ops
+
+        options = {"activation": name, "backend": self._op("linear"), "cache": self._pack("dense")}
+        return ops.activated_linear(x, dense.weight, dense.bias, **options)
 
 
 class FeedForward(Fused):

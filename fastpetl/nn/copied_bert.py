@@ -11,9 +11,8 @@ from __future__ import annotations
 from torch import nn
 
 from fastpetl.nn import copied_vilt
-from fastpetl.nn.activations import recognised
 from fastpetl.nn.adapter import fused_adapter
-from fastpetl.nn.bert import OUTPUT, PROJECTIONS
+from fastpetl.nn.bert import OUTPUT, PROJECTIONS, Intermediate
 from fastpetl.nn.inline import Inlined, note_fallback, structure
 from fastpetl.nn.parts import Fused, attend, drop, heads, key_mask
 
@@ -68,27 +67,8 @@ class CopiedBertSelfAttention(Fused):
         return (attend(q, k, v, encoder_attention_mask, p),)
 
 
-INTERMEDIATE = structure(dense=nn.Linear)
-
-
-class CopiedBertIntermediate(Fused):
-    """Semantics: act(dense(x)); an exact GELU or a ReLU is computed where the product's results are. Any other
-    activation is called, and a module that somebody listens to.
-    """
-
-    def forward(self, hidden_states):
-        x, act, dense = hidden_states, self.intermediate_act_fn, self.dense
-        if self._declines(INTERMEDIATE, x):
-            return super().forward(x)
-        from fastpetl.ops._common import through_dispatcher
-
-        name = None if through_dispatcher(x) else recognised(act)
-        if name is None:
-            return act(self._linear(x, dense, slot="dense"))
-        from fastpetl import ops
-
-        options = {"activation": name, "backend": self._op("linear"), "cache": self._pack("dense")}
-        return ops.activated_linear(x, dense.weight, dense.bias, **options)
+class CopiedBertIntermediate(Intermediate):
+    """Semantics: act(dense(x))."""
 
 
 def output_structure(output: nn.Module) -> dict[str, Inlined]:

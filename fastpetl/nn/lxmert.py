@@ -6,7 +6,7 @@ import math
 
 from transformers.models.lxmert import modeling_lxmert as hf
 
-from fastpetl.nn.bert import PROJECTIONS, Output
+from fastpetl.nn.bert import PROJECTIONS, Intermediate, Output
 from fastpetl.nn.inline import note_fallback
 from fastpetl.nn.parts import Fused, attend, heads, key_mask
 
@@ -41,10 +41,14 @@ class FusedLxmertAttentionOutput(Output, hf.LxmertAttentionOutput):
     """LxmertAttentionOutput, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
 
 
+class FusedLxmertIntermediate(Intermediate, hf.LxmertIntermediate):
+    """LxmertIntermediate, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+
 class FusedLxmertOutput(Output, hf.LxmertOutput):
     """LxmertOutput, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
 
 
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
-for _cls in (FusedLxmertAttention, FusedLxmertAttentionOutput, FusedLxmertOutput):
+for _cls in (FusedLxmertAttention, FusedLxmertAttentionOutput, FusedLxmertIntermediate, FusedLxmertOutput):
     _cls.__name__ = _cls.__name__.removeprefix("Fused")

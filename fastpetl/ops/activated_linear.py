@@ -32,17 +32,16 @@ def activated_linear(x, w, b, *, activation="gelu", backend="auto", cache=None):
 
     Shapes: x [..., K]; w [M, K]; b [M] or None; y [..., M].
     backend, dtypes, cache, gradients: as for `linear`, of which and of torch's activation all but the following is
-    made. Eager fp32 on the CPU, everything frozen but x and M a multiple of 32: the C++ kernel has the activation
-    behind the product, a ReLU where no gradient is recorded; of a GELU it keeps the derivative in 20 bits an element
-    (rounded to 1.2e-6). "auto" measures that against the two once per process and shape class, forward and backward
-    together.
+    made. Eager fp32 on the CPU, w frozen and M a multiple of 32: the C++ kernel has the activation behind the product,
+    a ReLU where no gradient is recorded; of a GELU it keeps the derivative in 20 bits an element (rounded to 1.2e-6).
+    "auto" measures that against the two once per process and shape class, forward and backward together.
     """
     check_activation("activated_linear", activation)
     if cache is not None and not isinstance(cache, PackCache):
         raise TypeError(f"activated_linear: cache is a {type(cache).__name__}, expected a fastpetl.ops.PackCache")
     _check(x, w, b)
-    if takes(x, w, b) and not needs_grad(w, b) and x.numel():
-        names = servers(backend, x, activation)
+    if takes(x, w, b) and not needs_grad(w) and x.numel():
+        names = servers(backend, x, activation, needs_grad(x, b))
         name = names[0] if len(names) == 1 else _choose(names, (x, w, b), activation, cache)
         if name == "cpp":
             return _joined(x, w, b, activation, cache)
@@ -80,9 +79,11 @@ def takes(x, w, b) -> bool:
     return x.shape[-1] == k and m % 32 == 0 and fits(w, (m, k), x) and (b is None or fits(b, (m,), x))
 
 
-def servers(backend, x, activation) -> tuple:
-    """Semantics: of "cpp" and "composed" those that the backend asked for allows, the one to take unmeasured first."""
-    if activation == "relu" and needs_grad(x):
+def servers(backend, x, activation, grad: bool) -> tuple:
+    """Semantics: of "cpp" and "composed" those that the backend asked for allows, the one to take unmeasured first.
+    grad: one is recorded.
+    """
+    if activation == "relu" and grad:
         return ("composed",)
     serving = backends.serving("linear", backend, "cpu", x.dtype)
     if "cpp" not in serving:
@@ -117,7 +118,7 @@ _NO_NORM = (None, None, 0.0)
 
 def _choose(names, tensors, activation, cache) -> str:
     x, w, b = tensors
-    grad = needs_grad(x)
+    grad = needs_grad(x, b)
     packed = not grad and not torch.is_grad_enabled() and cache is not None
     own = {name: PackCache() if packed else None for name in names}
 
@@ -126,7 +127,7 @@ def _choose(names, tensors, activation, cache) -> str:
             return _joined(*tensors, activation, own[name])
         return _composed(*tensors, activation, "auto", own[name])
 
-    key = (rows_class(x), w.shape, b is None, activation, packed)
+    key = (rows_class(x), w.shape, b is None, activation, packed, needs_grad(x), needs_grad(b))
     return choose("activated_linear", "cpp", names, key, one, tensors, grad, "composed", 1e-5)
 
 
@@ -139,7 +140,7 @@ def _composed(x, w, b, activation, backend, cache):
 
 def _joined(x, w, b, activation, cache):
     w, b = dense(w), dense(b)
-    if needs_grad(x):
+    if needs_grad(x, b):
         return _ActivatedLinear.apply(x, w, b)
     if torch.is_grad_enabled():  # a training pass that records nothing keeps no pack: it would raise its peak
         cache = None
@@ -163,8 +164,11 @@ class _ActivatedLinear(torch.autograd.Function):
         stats, code, w = ctx.saved_tensors
         ops = torch.ops.fastpetl
         dh = ops.cpu_activation_backward(rows(grad), code, CODES["gelu"], 1.0)
+        db = dh.sum(0) if ctx.needs_input_grad[2] else None
+        if not ctx.needs_input_grad[0]:
+            return None, None, db
         dx = ops.cpu_linear_backward(dh, dh.new_empty(0), stats, [w], lb.NONE, None, None)
-        return dx.view(ctx.shape), None, None
+        return dx.view(ctx.shape), None, db
 
 
 def activated_linear_reference(x, w, b, *, activation="gelu"):

@@ -22,18 +22,21 @@ def feed_forward(x, w1, b1, w2, b2, *, norm=None, activation="gelu", backend="au
     Shapes: x [..., K]; w1 [M, K]; b1 [M] or None; w2 [N, M]; b2 [N] or None; y [..., N].
     norm, backend, dtypes, gradients: as for `linear`, of which all but the following is made; caches: its `cache`, of
     w1 and of w2.
-    Eager fp32 on the CPU, everything frozen but x and M a multiple of 32: the C++ kernel has the activation behind the
-    first product, a ReLU where no gradient is recorded; of a GELU it keeps the derivative in 20 bits an element
-    (rounded to 1.2e-6). "auto" measures that against the two linears once per process and shape class, forward and
-    backward together.
+    Eager fp32 on the CPU, w1 and w2 frozen and M a multiple of 32: the C++ kernel has the activation behind the first
+    product, a ReLU where no gradient is recorded; of a GELU it keeps the derivative in 20 bits an element (rounded to
+    1.2e-6). "auto" measures that against the two linears once per process and shape class, forward and backward
+    together.
     """
     check_activation("feed_forward", activation)
     if len(caches) != 2 or any(c is not None and not isinstance(c, PackCache) for c in caches):
         kinds = ", ".join(type(c).__name__ for c in caches)
         raise TypeError(f"feed_forward: caches is ({kinds}), expected two, each None or a fastpetl.ops.PackCache")
     tensors = (x, w1, b1, w2, b2, *(norm[:2] if _is_norm(norm) else (None, None)))
-    if _fits(x, w1, b1, w2, b2, norm) and not needs_grad(*tensors[1:]) and x.numel():
-        names = servers(backend, x, activation)
+    if _fits(x, w1, b1, w2, b2, norm) and not needs_grad(w1, w2) and x.numel():
+        if needs_grad(*tensors[5:]):
+            x, norm = F.layer_norm(x, x.shape[-1:], *norm), None
+            tensors = (x, *tensors[1:5], None, None)
+        names = servers(backend, x, activation, needs_grad(x, b1, b2))
         name = names[0] if len(names) == 1 else _choose(names, tensors, norm, activation, caches)
         if name == "cpp":
             return _joined(tensors, norm, activation, caches)
@@ -59,7 +62,7 @@ def _fits(x, w1, b1, w2, b2, norm) -> bool:
 
 def _choose(names, tensors, norm, activation, caches) -> str:
     x, w1, b1, w2, b2, *_ = tensors
-    grad = needs_grad(x)
+    grad = needs_grad(x, b1, b2)
     packed = not grad and not torch.is_grad_enabled() and caches[0] is not None
     own = {name: (PackCache(), PackCache()) if packed else (None, None) for name in names}
 
@@ -68,7 +71,8 @@ def _choose(names, tensors, norm, activation, caches) -> str:
             return _joined(tensors, norm, activation, own[name])
         return _composed(tensors, norm, activation, "auto", own[name])
 
-    key = (rows_class(x), w1.shape, w2.shape, b1 is None, b2 is None, norm is not None, activation, packed)
+    biases = (b1 is None, b2 is None, *(needs_grad(t) for t in (x, b1, b2)))
+    key = (rows_class(x), w1.shape, w2.shape, norm is not None, activation, packed, *biases)
     return choose("feed_forward", "cpp", names, key, one, tensors, grad, "composed", 1e-5)
 
 
@@ -87,7 +91,7 @@ def _composed(tensors, norm, activation, backend, caches):
 def _joined(tensors, norm, activation, caches):
     x, w1, b1, w2, b2, weight, bias = (dense(t) for t in tensors)
     eps = 0.0 if norm is None else float(norm[2])
-    if needs_grad(x):
+    if needs_grad(x, b1, b2):
         return _FeedForward.apply(x, w1, b1, w2, b2, weight, bias, eps)
     if torch.is_grad_enabled():  # a training pass that records nothing keeps no packs: they would raise its peak
         caches = (None, None)
@@ -116,11 +120,17 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx, grad):
         x2, stats, code, w1, w2, weight = ctx.saved_tensors
         ops = torch.ops.fastpetl
-        dz = ops.cpu_linear_backward_coded(rows(grad), code, [w2])
-        prologue = lb.NONE if weight is None else lb.NORM
-        x2 = dz.new_empty(0) if x2 is None else x2
-        dx = ops.cpu_linear_backward(dz, x2, stats, [w1], prologue, weight, None)
-        return dx.view(ctx.shape), None, None, None, None, None, None, None
+        wants_x, _, wants_b1, _, wants_b2, *_ = ctx.needs_input_grad
+        g, dx, db1 = rows(grad), None, None
+        db2 = g.sum(0) if wants_b2 else None
+        if wants_x or wants_b1:
+            dz = ops.cpu_linear_backward_coded(g, code, [w2])
+            db1 = dz.sum(0) if wants_b1 else None
+        if wants_x:
+            prologue = lb.NONE if weight is None else lb.NORM
+            x2 = dz.new_empty(0) if x2 is None else x2
+            dx = ops.cpu_linear_backward(dz, x2, stats, [w1], prologue, weight, None).view(ctx.shape)
+        return dx, None, db1, None, db2, None, None, None
 
 
 def feed_forward_reference(x, w1, b1, w2, b2, *, norm=None, activation="gelu"):

@@ -40,6 +40,15 @@ def text_prompts(library: str, prefix: str) -> dict:
     return {(library, f"{prefix}Model"): parts}
 
 
+def intermediate_note(intermediate) -> str:
+    """Semantics: what `report` says of an intermediate's activation."""
+    from fastpetl.nn.activations import recognised
+
+    act = intermediate.intermediate_act_fn
+    name = getattr(act, "__name__", act)
+    return "" if recognised(act) else f"activation {name} is not the exact GELU or a ReLU and runs as it is"
+
+
 def bert_rules(
     family: str, library: str, prefix: str, layers: tuple[str, ...], fused: str, routed=()
 ) -> tuple[Rule, ...]:

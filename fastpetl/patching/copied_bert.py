@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import torch
 
+from fastpetl.patching._bert_like import intermediate_note
 from fastpetl.patching._copied import has, is_copied
 from fastpetl.patching._copied_turns import SkipsCopied
 from fastpetl.patching._seq2seq import attention_check, attention_note
@@ -53,18 +54,10 @@ def _check_output(output) -> str | None:
 
 
 def _check_intermediate(intermediate) -> str | None:
-    from fastpetl.nn.copied_bert import INTERMEDIATE
+    from fastpetl.nn.bert import INTERMEDIATE
     from fastpetl.nn.inline import structure_reason
 
     return structure_reason(intermediate, INTERMEDIATE)
-
-
-def _note_intermediate(intermediate) -> str:
-    from fastpetl.nn.activations import recognised
-
-    act = intermediate.intermediate_act_fn
-    name = getattr(act, "__name__", act)
-    return "" if recognised(act) else f"activation {name} is not the exact GELU or a ReLU and runs as it is"
 
 
 def _probe_attention(attention):
@@ -114,7 +107,7 @@ RULES = (
         _check_intermediate,
         _probe_intermediate,
         ops=("linear",),
-        note=_note_intermediate,
+        note=intermediate_note,
     ),
 )
 

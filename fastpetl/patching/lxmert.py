@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from fastpetl.patching._bert_like import intermediate_note
 from fastpetl.patching._seq2seq import attention_check, attention_note, original_signature
 from fastpetl.patching._turns import Blocks, SkipsTurns
 from fastpetl.patching.registry import Rule
@@ -13,6 +14,7 @@ _NN = "fastpetl.nn.lxmert"
 _FORWARD = {  # what the fused classes were written for
     "LxmertAttention": ["hidden_states", "context", "attention_mask", "output_attentions"],
     "LxmertAttentionOutput": ["hidden_states", "input_tensor"],
+    "LxmertIntermediate": ["hidden_states"],
     "LxmertOutput": ["hidden_states", "input_tensor"],
 }
 
@@ -33,6 +35,13 @@ def _check_output(name: str):
     return check
 
 
+def _check_intermediate(intermediate) -> str | None:
+    from fastpetl.nn.bert import INTERMEDIATE
+    from fastpetl.nn.inline import structure_reason
+
+    return original_signature(_HF, "LxmertIntermediate", _FORWARD) or structure_reason(intermediate, INTERMEDIATE)
+
+
 def _output(name: str) -> Rule:
     ops = ("linear", "residual_norm")
     return Rule("lxmert.output", f"{_HF}:{name}", f"{_NN}:Fused{name}", _check_output(name), ops=ops)
@@ -48,6 +57,14 @@ RULES = (
         note=attention_note,
     ),
     _output("LxmertAttentionOutput"),
+    Rule(
+        "lxmert.intermediate",
+        f"{_HF}:LxmertIntermediate",
+        f"{_NN}:FusedLxmertIntermediate",
+        _check_intermediate,
+        ops=("linear",),
+        note=intermediate_note,
+    ),
     _output("LxmertOutput"),
 )
 

@@ -149,7 +149,7 @@ def test_packs_are_kept_and_follow_the_weights(activation):
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 @pytest.mark.parametrize("which", [1, 2])
 def test_what_is_trained_has_its_gradient(which, activation):
-    """A weight or bias that is not frozen: the linear serves."""
+    """A weight that is not frozen, which `linear` serves, or a bias."""
     tensors = make(12, 32, 64)
     tensors[0].requires_grad_()
     tensors[which].requires_grad_()
@@ -159,6 +159,27 @@ def test_what_is_trained_has_its_gradient(which, activation):
         found.append(torch.autograd.grad(y.square().sum(), (tensors[0], tensors[which])))
     for ours, theirs in zip(*found, strict=True):
         assert error(ours, theirs.double()) <= 1e-5
+
+
+@pytest.mark.parametrize("with_x", [False, True])
+def test_a_trained_bias_is_served_by_the_kernel(with_x):
+    x, w, b = make(199, 96, 320)
+    grads = []
+    for function, dtype, options in (
+        (ops.activated_linear, torch.float32, {"backend": "cpp"}),
+        (ops.activated_linear_reference, torch.float32, {}),
+        (ops.activated_linear_reference, torch.float64, {}),
+    ):
+        leaves = [t.detach().to(dtype).requires_grad_(t is b or (with_x and t is x)) for t in (x, w, b)]
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            y = function(*leaves, **options)
+        if options:
+            assert sum(t.nbytes for t in kept if t.data_ptr() != leaves[1].data_ptr()) == 199 * 320 * 5 // 2
+        cotangent = torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)
+        grads.append(torch.autograd.grad(y, [t for t in leaves if t.requires_grad], cotangent))
+    for ours, theirs, exact in zip(*grads, strict=True):
+        assert error(ours, exact) <= 2 * error(theirs, exact) + 1.3e-6
 
 
 @pytest.mark.parametrize("activation, bytes_", [("gelu", 64 * 256 * 5 // 2), ("relu", 64 * 256 // 8)])

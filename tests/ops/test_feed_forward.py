@@ -128,7 +128,7 @@ def test_packs_are_kept_and_follow_the_weights():
 
 @pytest.mark.parametrize("which", range(1, 7))
 def test_what_is_trained_has_its_gradient(which):
-    """A weight, bias or norm that is not frozen: the two linears serve."""
+    """A weight, bias or norm that is not frozen."""
     tensors, norm = make(12, 32, 64, 16)
     everything = [*tensors, *norm[:2]]
     everything[which] = everything[which].requires_grad_()
@@ -139,9 +139,35 @@ def test_what_is_trained_has_its_gradient(which):
     assert error(found[0], found[1].double()) <= 1e-5
 
 
-def test_kept_for_the_backward():
+NAMES = ("x", "w1", "b1", "w2", "b2", "weight", "bias")
+
+
+@pytest.mark.parametrize("trained", ["x b1", "x b2", "x b1 b2", "b1", "b2", "x weight", "x b1 b2 bias", "b1 bias"])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_trained_biases_and_norms_are_served_by_the_kernel(trained, activation):
+    """BitFit's, and those that LoRA trains with it."""
+    tensors, norm = make(199, 96, 320, 100)
+    everything, wanted = [*tensors, *norm[:2]], [NAMES.index(name) for name in trained.split()]
+
+    def gradients(function, dtype, **options):
+        leaves = [t.detach().to(dtype).requires_grad_(i in wanted) for i, t in enumerate(everything)]
+        x, w1, b1, w2, b2, weight, bias = leaves
+        y = function(x, w1, b1, w2, b2, norm=(weight, bias, 1e-5), activation=activation, **options)
+        cotangent = torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)
+        return torch.autograd.grad(y, [leaves[i] for i in wanted], cotangent)
+
+    want = gradients(ops.feed_forward_reference, torch.float64)
+    plain = gradients(ops.feed_forward_reference, torch.float32)
+    for ours, theirs, exact in zip(gradients(ops.feed_forward, torch.float32, backend="cpp"), plain, want, strict=True):
+        assert ours.shape == exact.shape and error(ours, exact) <= 2 * error(theirs, exact) + 1.3e-6
+
+
+@pytest.mark.parametrize("trained", [(), (2,), (4,), (2, 4)])
+def test_kept_for_the_backward(trained):
     tensors, norm = make(64, 64, 256, 64)
     x = tensors[0].requires_grad_()
+    for i in trained:
+        tensors[i].requires_grad_()
     frozen = {t.data_ptr() for t in (*tensors, *norm[:2])}
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):

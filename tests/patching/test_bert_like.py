@@ -31,6 +31,28 @@ def test_lxmert_gives_its_maps_by_the_original():
     assert "output_attentions=True" in str(fastpetl.report(patched))
 
 
+@pytest.mark.parametrize("act", ["gelu", "gelu_new", "relu"])
+def test_lxmerts_intermediates(act, monkeypatch):
+    """Its exact GELU, or a ReLU, is computed where the product's results are; any other activation is called."""
+    from transformers.models.lxmert import modeling_lxmert as hf
+
+    from fastpetl import ops
+
+    config, calls = hf.LxmertConfig(hidden_size=32, intermediate_size=64, hidden_act=act), []
+    plain = hf.LxmertIntermediate(config).requires_grad_(False)
+    patched, op = fastpetl.patch(copy.deepcopy(plain), strict=True), ops.activated_linear
+    assert [row.kind for row in fastpetl.report(patched).rows] == ["lxmert.intermediate"]
+    assert ("runs as it is" in str(fastpetl.report(patched))) == (act == "gelu_new")
+    monkeypatch.setattr(ops, "activated_linear", lambda *a, **k: calls.append(k["activation"]) or op(*a, **k))
+    found = []
+    for module in (patched, plain):
+        x = torch.linspace(-4, 4, 5 * 32).view(1, 5, 32).requires_grad_()
+        y = module(x)
+        found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+    assert all(relative(a, b) <= 1e-5 for a, b in zip(*found, strict=True))
+    assert calls == ([] if act == "gelu_new" else [act])
+
+
 # --- traps ------------------------------------------------------------------------------------------------------------
 
 
@@ -140,6 +162,7 @@ def test_what_is_declined():
         ("clip_vision", "clip.modeling_clip", "CLIPMLP"),
         ("clip_vision", "clip.modeling_clip", "CLIPAttention"),
         ("lxmert", "lxmert.modeling_lxmert", "LxmertAttention"),
+        ("lxmert", "lxmert.modeling_lxmert", "LxmertIntermediate"),
         ("lxmert", "lxmert.modeling_lxmert", "LxmertOutput"),
     ],
 )
