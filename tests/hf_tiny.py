@@ -119,7 +119,7 @@ FAMILIES = {
         lambda padded: {**ids(padded=padded), "pixel_values": pixels()},
         {"bridgetower.attention", "bridgetower.output", "bridgetower.layer"},
     ),
-    "lxmert": (lxmert, lxmert_inputs, {"lxmert.attention", "lxmert.output"}),
+    "lxmert": (lxmert, lxmert_inputs, {"lxmert.attention", "lxmert.intermediate", "lxmert.output"}),
     "meter": (
         lambda **c: meter(False, **c),
         meter_inputs,
