@@ -61,7 +61,7 @@ def check(found, kinds_and_modes):
     assert bars == {"eager": None, "adapterhub": 1.0, "bare": None, "bare_there": None}
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # in make test: the protocol between the processes, how one ends, the packages
 def test_schema_and_both_backbones(tmp_path, capsys, monkeypatch):
     helpers = []
 
@@ -87,7 +87,7 @@ def test_schema_and_both_backbones(tmp_path, capsys, monkeypatch):
         assert word in printed
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # likewise
 @pytest.mark.parametrize("what", ["logits", "gradients"])
 def test_another_result_is_refused_before_timing(monkeypatch, what):
     original = adapterhub.Remote._results

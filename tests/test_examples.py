@@ -31,7 +31,7 @@ TRAINED = {  # of the tiny backbone, as attach and count say it at these sizes
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # in make test: the backbone and the tasks, below
 def test_multitask_prints_the_table_and_writes_it(tmp_path):
     """All eight methods of the paper's table: a step each, mixed batches, four tasks' accuracies."""
     out, command = tmp_path / "out", [sys.executable, str(EXAMPLES / "multitask_vlbart.py")]

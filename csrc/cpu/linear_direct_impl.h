@@ -1,4 +1,5 @@
-// The frozen linears on vector units: an operand without prologue is read where it lies, results leave from the registers, and blocks go to whichever thread is free. A row's result does not depend on its block.
+// The frozen linears on vector units: an operand without prologue is read where it lies, results leave from the
+// registers, and blocks go to whichever thread is free. A row's result does not depend on its block.
 #pragma once
 #include "activation_impl.h"
 #include "linear_weights.h"

@@ -58,7 +58,7 @@ def test_cuda_kernels_use_no_stack_and_no_local_memory():
     assert [kernel for kernel in kernels if kernel[2] != "0" or kernel[3] != "0"] == []
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # in make test: stack and local memory of the same kernels
 def test_half_precision_sites_run_on_tensor_cores():
     """mma.sync, ldmatrix and cp.async survive compilation in every fp16 and bf16 site kernel; fp32 has no tf32."""
     if not build_info()["cuda"]:

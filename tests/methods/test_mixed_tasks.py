@@ -165,7 +165,7 @@ def test_adapters_of_different_widths():
     assert relative(model(**inputs(), task=MIXED).logits, plain(**inputs(), task=MIXED).logits) <= 1e-5
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # in make test: the same in eager, and each op compiled
 @pytest.mark.parametrize("one_launch", [False, True])
 @pytest.mark.parametrize("name", ["half", "compacter", "hyperformer", "lora"])
 def test_compiled(name, one_launch, monkeypatch):

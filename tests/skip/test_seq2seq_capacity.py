@@ -61,7 +61,7 @@ FAST = (("vlbart", True, 2),)  # without a capacity: test_meter_skip.py
 CASES = [(kind, patch, capacity) for kind in KINDS for patch in (False, True) for capacity in (None, 2)]
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # in make test: capacity in eager; compiled: test_meter_skip.py
 @pytest.mark.parametrize(
     ("kind", "patch", "capacity"),
     [case if case in FAST else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
