@@ -15,7 +15,7 @@ struct fp_cuda_site_forward {
   float *stats, *tail_stats;  // (mean, rstd) per row: of x, of s
   int64_t rows;
   int d, r, activation, add_x, tail, device;
-  int warps_m;  // 16-row tiles to a block: 1 or 4, 0: chosen by the row count
+  int warps_m;  // 16-row tiles to a block: 1 or 4, -4 or -8 with resident rows (if they fit), 0: chosen by the row count
   float eps, tail_eps, scale;
 };
 

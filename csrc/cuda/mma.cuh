@@ -22,7 +22,7 @@ __device__ __forceinline__ void fp_ldmatrix_x4_trans(uint32_t (&r)[4], const voi
 }
 #define FP_MMA(NAME, TYPE)                                                                                            \
   __device__ __forceinline__ void NAME(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {             \
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                               \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                               \
                  ".f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"                                         \
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                     \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                     \

@@ -7,6 +7,7 @@
 #include <initializer_list>
 
 #include "cuda/fastpetl_cuda.h"
+#include "cuda/resident.h"
 #include "cuda/tile.cuh"
 
 namespace {
@@ -230,6 +231,7 @@ int pick(const Args& a, cudaStream_t stream) {
 extern "C" int fastpetl_cuda_site_forward(const Args* args, int dtype, void* stream) {
   if (args->rows == 0) return cudaSuccess;
   const cudaStream_t s = static_cast<cudaStream_t>(stream);
+  if (const int warps = fp_resident_forward_warps(*args, dtype)) return fp_resident_forward(*args, dtype, warps, s);
   switch (dtype) {
     case FP_CUDA_F32: return pick<float>(*args, s);
     case FP_CUDA_F16: return pick<__half>(*args, s);

@@ -330,6 +330,10 @@ inline void fp_cp_async16(void* shared, const void* global) {
     ::cuda_host::die("cp.async needs addresses aligned to 16 bytes", 0);
   std::memcpy(shared, global, 16);
 }
+inline void fp_cp_async16_or_zero(void* shared, const void* global, bool valid) {
+  static const unsigned char zeros[16] alignas(16) = {};
+  fp_cp_async16(shared, valid ? global : zeros);
+}
 inline void fp_cp_commit() {}
 template <int N>
 inline void fp_cp_wait() {}
