@@ -3,7 +3,7 @@ backend="auto" looks up (fastpetl/_tuned.py). Entries of other architectures sta
 
     python benchmarks/tune.py [--minutes 4] [--dtypes bf16,fp16,fp32] [--dry]
 
-Times forward and backward together, by CUDA events, the median of triton.testing.do_bench; each backend is first
+Times forward and backward apart, by CUDA events, the median of triton.testing.do_bench; each backend is first
 compared with float64, and one that is wrong, or fails, is never an entry. Another backend than the one "auto" takes
 without a table must be 3 % faster. --dry prints the table. Without a GPU it says so, exits with 0 and writes nothing.
 """
@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import gpu_measure  # noqa: E402
 import gpu_stages as stages  # noqa: E402
 
 WIDTHS = (64, 128, 256, 512)  # bottlenecks, each the class of those down to half of it
@@ -63,31 +64,49 @@ def measure(shorts, end: float) -> dict:
                         print("tune: out of time")
                         return found
                     dtype = stages.dtypes()[short]
-                    times = one(op, builder(width * 3 // 4), rows, dtype)
-                    print(op, short, f"r {width}", f"rows {rows}", {n: f"{1e6 * t:.1f} us" for n, t in times.items()})
-                    if times:
-                        by_dtype = found.setdefault(op, {}).setdefault(str(dtype).removeprefix("torch."), {})
-                        by_dtype.setdefault(str(width), {})[str(rows)] = best(op, dtype, times)
+                    for way, times in one(op, builder(width * 3 // 4), rows, dtype).items():
+                        print(
+                            op + way,
+                            short,
+                            f"r {width}, rows {rows}:",
+                            {n: f"{1e6 * t:.1f} us" for n, t in times.items()},
+                        )
+                        if times:
+                            by_dtype = found.setdefault(op + way, {}).setdefault(str(dtype).removeprefix("torch."), {})
+                            by_dtype.setdefault(str(width), {})[str(rows)] = best(op, dtype, times)
     return found
 
 
 def one(op, build, rows, dtype) -> dict:
-    """Semantics: seconds of a forward and backward by each backend that serves and is right, at ViT-B's width."""
+    """Semantics: {"": forward, "_backward": backward}, each {backend that serves and is right: seconds}, at ViT-B's
+    width."""
     from fastpetl import backends
     from fastpetl.bench import cases
     from fastpetl.bench import ops as bench
 
-    names = [n for n in backends.BACKENDS[op] if n != "reference" and backends.verify(op, n, "cuda", dtype)[0]]
-    small = build(cases.Size(rows=min(rows, 1100)), cases.Maker(dtype, "cuda", seed=3))
-    made, times = build(cases.Size(rows=rows), cases.Maker(dtype, "cuda", seed=3)), {}
-    grads, small_grads = bench.cotangents(made), bench.cotangents(small)
+    device = "cuda" if stages.gpu() else "cpu"
+    names = [n for n in backends.BACKENDS[op] if n != "reference" and backends.verify(op, n, device, dtype)[0]]
+    small = build(cases.Size(rows=min(rows, 1100)), cases.Maker(dtype, device, seed=3))
+    made, times = build(cases.Size(rows=rows), cases.Maker(dtype, device, seed=3)), {"": {}, "_backward": {}}
+    small_grads = bench.cotangents(small)
     for name in names:
         try:
             bench.verify(small, {"eager": small.formula, name: small.fused(name)}, small_grads, op)
-            times[name] = stages.seconds(functools.partial(bench.results, made.fused(name), made.inputs, grads))
+            times[""][name] = gpu_measure.seconds(functools.partial(made.fused(name), *made.inputs))
+            times["_backward"][name] = gpu_measure.seconds(backward(made, name))
         except (RuntimeError, ValueError) as error:
             print(f"tune: {op} by {name} is left out: {str(error)[:200]}")
     return times
+
+
+def backward(made, name):
+    """Semantics: a call that computes all gradients again, of a forward that has been run once."""
+    import torch
+
+    outs = made.fused(name)(*made.inputs)
+    outs = [t for t in (outs if isinstance(outs, tuple) else (outs,)) if t is not None]
+    grads = [torch.randn_like(t) for t in outs]
+    return functools.partial(torch.autograd.grad, outs, made.inputs, grads, retain_graph=True)
 
 
 def best(op, dtype, times: dict) -> str:

@@ -14,7 +14,8 @@ PATH = Path(__file__).with_name("tuned.json")
 
 @functools.cache
 def table() -> dict:
-    """Semantics: {architecture: {op: {dtype: {width class: {rows class: backend}}}}}, as in tuned.json."""
+    """Semantics: {architecture: {op: {dtype: {width class: {rows class: backend}}}}}, as in tuned.json; op: "site" for
+    its forward, "site_backward", ..."""
     return json.loads(PATH.read_text()) if PATH.exists() else {}
 
 

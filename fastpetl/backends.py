@@ -272,13 +272,14 @@ def if_served(op: str, backend: str, device: str, dtype: torch.dtype) -> str | N
     return asked if _serves(op, asked, device, dtype, _environment("TRITON_INTERPRET")) else None
 
 
-def of_size(op: str, name: str, x: torch.Tensor, width: int) -> str:
+def of_size(op: str, name: str, x: torch.Tensor, width: int, backward: bool = False) -> str:
     """Semantics: `name`; for BY_SIZE the backend measured fastest on the GPU of x [..., d] for its rows and that width,
-    if it serves here, else what "auto" takes without a table.
+    if it serves here, else what "auto" takes without a table. The backward has a table of its own: every backend takes
+    what another's forward saved.
     """
     if name != BY_SIZE:
         return name
-    found = _tuned.lookup(op, x, width)
+    found = _tuned.lookup(f"{op}_backward" if backward else op, x, width)
     if found is not None and _serves(op, found, x.device.type, x.dtype, _environment("TRITON_INTERPRET")):
         return found
     return candidates(op, x.device.type, x.dtype)[0]

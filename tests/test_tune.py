@@ -49,3 +49,14 @@ def test_entries_are_added_to_those_there_are(tune):
     assert got["sm_90"]["site"]["float16"] == {"64": {"256": "cuda", "2048": "triton"}, "128": {"256": "composed"}}
     assert "128" not in old["sm_90"]["site"]["float16"]
     assert all(_tuned.size_class(w) == w for w in tune.WIDTHS)
+
+
+@pytest.mark.parametrize("op", ["adapter", "site"])
+def test_both_ways_of_every_backend_that_serves_are_timed(tune, op):
+    from fastpetl.bench import cases
+
+    build = {"adapter": cases.adapter_of, "site": cases.site_of}[op](24)
+    times = tune.one(op, build, 40, torch.float32)
+    serves = {n for n in backends.BACKENDS[op] if n != "reference" and backends.verify(op, n, "cpu", torch.float32)[0]}
+    assert set(times) == {"", "_backward"} and serves
+    assert all(set(found) == serves and min(found.values()) > 0 for found in times.values())

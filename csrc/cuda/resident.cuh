@@ -19,6 +19,10 @@ __device__ __forceinline__ void fp_cp_async16_or_zero(void* shared, const void* 
                "r"(valid ? 16 : 0)
                : "memory");
 }
+// The line of 128 bytes on its way into the second-level cache.
+__device__ __forceinline__ void fp_prefetch(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
 #endif
 
 struct alignas(16) Eight {  // eight numbers of two bytes, as pairs
@@ -65,6 +69,15 @@ __device__ __forceinline__ Eight eight(const void* p, int64_t element = 0) {
   const uint4 v = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + element);
   return {v.x, v.y, v.z, v.w};
 }
+// Of an operand that no thread writes: the compiler may ask for it ahead of stores.
+__device__ __forceinline__ Eight operand(const void* p, int64_t element) {
+#ifdef __CUDACC__
+  const uint4 v = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(p) + element));
+  return {v.x, v.y, v.z, v.w};
+#else
+  return eight(p, element);
+#endif
+}
 __device__ __forceinline__ void put(void* p, int64_t element, const Eight& v) {
   *reinterpret_cast<uint4*>(static_cast<uint16_t*>(p) + element) = make_uint4(v.pair[0], v.pair[1], v.pair[2], v.pair[3]);
 }
@@ -91,6 +104,21 @@ __device__ __forceinline__ void mma32(float (*acc)[4], const Eight& low, const E
   for (int n = 0; n < 4; ++n) mma(T{}, acc[n], first, b[n].pair[0], b[n].pair[1]);
 #pragma unroll
   for (int n = 0; n < 4; ++n) mma(T{}, acc[n], second, b[n].pair[2], b[n].pair[3]);
+}
+
+// act(z) of eight numbers. One way for all of them: a choice for each is code enough to miss the instruction cache.
+__device__ __forceinline__ void activate(float (&z)[8], int activation) {
+  switch (activation) {
+#define FP_EIGHT(CODE)                                      \
+  case CODE:                                                \
+    for (int e = 0; e < 8; ++e) z[e] = activate(z[e], CODE); \
+    break
+    FP_EIGHT(1);
+    FP_EIGHT(2);
+    FP_EIGHT(3);
+    FP_EIGHT(4);
+#undef FP_EIGHT
+  }
 }
 
 // A row's mean and 1/std in one pass, of numbers moved by about their mean: `shift` is the mean of a part of the row, so

@@ -72,10 +72,6 @@ struct Rows {
     }
   }
 
-  __device__ const uint16_t* first_row(const uint16_t* stage) const {
-    return stage + threadIdx.x % 32 / 4 * 32 + 8 * thread;
-  }
-
   __device__ void add(Moving (&m)[2], int from, int to) const {
     for (int c = from; c < to; ++c)
 #pragma unroll
@@ -120,16 +116,23 @@ struct Rows {
     for (int e = 0; e < 8; ++e) x[e] = (x[e] * m.rstd + moved) * w[e] + b[e];
     return narrow<T>(x);
   }
-  __device__ Eight vector(const void* p, int c) const { return p ? eight(p, column(c)) : Eight{}; }
+  __device__ Eight vector(const void* p, int c) const { return p ? operand(p, column(c)) : Eight{}; }
 
+  // z but for its bias. The norm's vectors are asked for a chunk ahead, the residuals on their way into the second-level
+  // cache meanwhile: the memory is idle here.
   __device__ void down(float (&acc)[4 * G][4], const Moments (&own)[2], Weights<G, W>& weights) const {
+    const void* residual = thread < 2 ? a.res1 : a.res2;
+    const uint16_t* ahead = nullptr;
+    if (residual && (thread % 2 ? valid[1] : valid[0])) ahead = static_cast<const uint16_t*>(residual) + (row + 8 * (thread % 2)) * a.d;
+    Eight weight = vector(a.norm_weight, 0), bias = vector(a.norm_bias, 0);
     for (int c = 0; c < chunks; ++c) {
       Eight x[2] = {eight(here(c, 0)), eight(here(c, 1))};
       if (a.norm_weight) {
-        const Eight weight = vector(a.norm_weight, c), bias = vector(a.norm_bias, c);
         x[0] = normed(x[0], own[0], weight, bias), x[1] = normed(x[1], own[1], weight, bias);
+        if (c + 1 < chunks) weight = vector(a.norm_weight, c + 1), bias = vector(a.norm_bias, c + 1);
       }
-      const uint16_t* w = first_row(weights.next());
+      if (ahead && c % 2 == 0) fp_prefetch(ahead + 32 * c);
+      const uint16_t* w = weights.next() + threadIdx.x % 32 / 4 * 32 + 8 * thread;
 #pragma unroll
       for (int g = 0; g < G; ++g) mma32<T>(acc + 4 * g, x[0], x[1], w + g * 32 * 32, 8 * 32);
     }
@@ -150,45 +153,60 @@ struct Rows {
         const Eight rounded = narrow<T>(z);
         if (a.z && valid[h] && j < a.r) put(a.z, (row + 8 * h) * a.r + j, rounded);
         widen<T>(rounded, z);
-#pragma unroll
-        for (int e = 0; e < 8; ++e) z[e] = activate(z[e], a.activation);
+        activate(z, a.activation);
         hidden[g][h] = narrow<T>(z);
       }
     }
   }
 
+  // What a chunk of s is made of besides the product, asked for two chunks ahead.
+  struct Operands {
+    Eight bias, residual[2];
+  };
+  __device__ Operands operands(int c) const {
+    Operands o{vector(a.b_up, c), {}};
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      if (a.res1 && valid[h]) o.residual[h] = operand(a.res1, at(c, h));
+    return o;
+  }
+
   // s = scale * (h Wu^T + bu) + residuals, chunk by chunk, in x's place and to memory; its moments on the way.
   __device__ void up(const Eight (&hidden)[G][2], Moving (&m)[2], Weights<G, W>& weights) const {
+    Operands next[2] = {operands(0), operands(1)};
+    for (int first = 0; first < chunks; first += 2)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int c = first + i;
+        const Operands o = next[i];
+        if (c + 2 < chunks) next[i] = operands(c + 2);
+        const uint16_t* w = weights.next() + threadIdx.x % 32 / 4 * M::R + 8 * thread;
+        float acc[4][4] = {};
+#pragma unroll
+        for (int g = 0; g < G; ++g)
+          mma32<T>(acc, hidden[g][0], hidden[g][1], w + 32 * (G % 2 ? g : g ^ odd), 8 * M::R);
+        emit(acc, c, o, m);
+      }
+  }
+  __device__ void emit(const float (&acc)[4][4], int c, const Operands& o, Moving (&m)[2]) const {
     void* out = a.s ? a.s : a.tail ? nullptr : a.n;
-    for (int c = 0; c < chunks; ++c) {
-      const Eight bias = vector(a.b_up, c);
-      Eight r1[2] = {}, r2[2] = {};
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (a.res1 && valid[h]) r1[h] = eight(a.res1, at(c, h));
-        if (a.res2 && valid[h]) r2[h] = eight(a.res2, at(c, h));
+    for (int h = 0; h < 2; ++h) {
+      Eight second{};
+      if (a.res2 && valid[h]) second = operand(a.res2, at(c, h));
+      const Eight s = sum(acc, h, o.bias, eight(here(c, h)), o.residual[h], second);
+      if (out && valid[h]) put(out, at(c, h), s);
+      if (!a.tail) continue;
+      put(here(c, h), 0, s);
+      float v[8], all = 0.f;
+      widen<T>(s, v);
+      if (c == 0 && a.tail == FP_CUDA_LAYERNORM) {
+#pragma unroll
+        for (int e = 0; e < 8; ++e) all += v[e];
+        m[h].shift = row_sum(all) / 32;
       }
-      const uint16_t* w = weights.next() + threadIdx.x % 32 / 4 * M::R + 8 * thread;
-      float acc[4][4] = {};
 #pragma unroll
-      for (int g = 0; g < G; ++g)
-        mma32<T>(acc, hidden[g][0], hidden[g][1], w + 32 * (G % 2 ? g : g ^ odd), 8 * M::R);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const Eight s = sum(acc, h, bias, eight(here(c, h)), r1[h], r2[h]);
-        if (out && valid[h]) put(out, at(c, h), s);
-        if (!a.tail) continue;
-        put(here(c, h), 0, s);
-        float v[8], all = 0.f;
-        widen<T>(s, v);
-        if (c == 0 && a.tail == FP_CUDA_LAYERNORM) {
-#pragma unroll
-          for (int e = 0; e < 8; ++e) all += v[e];
-          m[h].shift = row_sum(all) / 32;
-        }
-#pragma unroll
-        for (int e = 0; e < 8; ++e) m[h].add(v[e]);
-      }
+      for (int e = 0; e < 8; ++e) m[h].add(v[e]);
     }
   }
   __device__ Eight sum(const float (&acc)[4][4], int h, const Eight& bias, const Eight& x, const Eight& r1,
@@ -222,12 +240,14 @@ struct Rows {
       t[h] = m[h].finish(a.d, a.tail == FP_CUDA_RMSNORM, a.tail_eps);
       save(a.tail_stats, t[h], h);
     }
-#pragma unroll 4
+    Eight weight = vector(a.tail_weight, 0), bias = vector(a.tail_bias, 0);
+#pragma unroll 2
     for (int c = 0; c < chunks; ++c) {
-      const Eight weight = vector(a.tail_weight, c), bias = vector(a.tail_bias, c);
+      const Eight n[2] = {normed(eight(here(c, 0)), t[0], weight, bias), normed(eight(here(c, 1)), t[1], weight, bias)};
+      if (c + 1 < chunks) weight = vector(a.tail_weight, c + 1), bias = vector(a.tail_bias, c + 1);
 #pragma unroll
       for (int h = 0; h < 2; ++h)
-        if (valid[h]) put(a.n, at(c, h), normed(eight(here(c, h)), t[h], weight, bias));
+        if (valid[h]) put(a.n, at(c, h), n[h]);
     }
   }
 };

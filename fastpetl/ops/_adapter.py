@@ -59,7 +59,7 @@ def run_backward(name, grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, 
         shapes = ((0, d), (r, d), (r,), (d, r), (d,), (d,), (d,))
         return tuple(x.new_zeros(s if needs >> i & 1 else 0) for i, s in enumerate(shapes))
     parameters = [dense(t) for t in (w_down, w_up, norm_weight, norm_bias)]
-    name = backends.of_size("adapter", name, x, w_down.shape[0])
+    name = backends.of_size("adapter", name, x, w_down.shape[0], True)
     return tuple(_launchers(name)[1](rows(grad), x, z, stats, *parameters, add_x, code, scale, needs))
 
 

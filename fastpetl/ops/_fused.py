@@ -30,10 +30,8 @@ def one_launch(spec, x, f, normed, mine, tail_weight, tail_bias, backend, compos
     if name in (None, "composed"):
         return None
     grad = needs_grad(*tensors)
-    if not compiled and backend == "auto":
-        name = backends.of_size("site", name, x, spec.bottleneck)
-        if name == "cpp" and x.dtype == torch.float32 and x.numel():
-            name = _choose(spec, tensors, grad, composed)
+    if not compiled and backend == "auto" and name == "cpp" and x.dtype == torch.float32 and x.numel():
+        name = _choose(spec, tensors, grad, composed)
     if name == "composed":
         return None
     return _compiled(spec, tensors, grad, name) if compiled else _eager(spec, tensors, grad, name, keep)

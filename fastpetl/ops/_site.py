@@ -62,7 +62,7 @@ def run_backward(name, g_s, g_n, s, tail_stats, tail_weight, x, z, stats, w_down
     empty. dx includes g iff add_x. s_is_n, for "cpp" only: (the tail's bias, True) where s is the forward's n instead.
     """
     g_s, g_n = (None if g is None else rows(g) for g in (g_s, g_n))
-    d, name = x.shape[1], backends.of_size("site", name, x, w_down.shape[0])
+    d, name = x.shape[1], backends.of_size("site", name, x, w_down.shape[0], True)
     mine = [dense(t) for t in (w_down, w_up, norm_weight, norm_bias)]
     if x.shape[0] == 0 or g_n is None:  # the tail was not used: what is left is the adapter
         part = {"composed": _part("adapter", x)}.get(name, name)

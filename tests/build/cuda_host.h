@@ -334,6 +334,7 @@ inline void fp_cp_async16_or_zero(void* shared, const void* global, bool valid) 
   static const unsigned char zeros[16] alignas(16) = {};
   fp_cp_async16(shared, valid ? global : zeros);
 }
+inline void fp_prefetch(const void*) {}
 inline void fp_cp_commit() {}
 template <int N>
 inline void fp_cp_wait() {}
