@@ -1,0 +1,125 @@
+"""What a call costs in Python, where torch's own kernels serve as they do on a GPU: python benchmarks/host.py [model ...]
+
+Models of the full number of layers and of next to no width, batch 1, on one thread of the CPU: what is left is the time
+it takes to call the kernels, which on a GPU decides as soon as they are fast. `patch(backend="torch")` makes linears,
+attention and norms torch's, as they are on a GPU; a site is one launch, here of the C++ kernel, unmeasured
+(FASTPETL_TUNE=0). A GPU's own launches (kernels/launching.py) are not in it: see gpu_suite.py.
+
+Prints the median milliseconds of a forward (inference) and of a training step, eager and patched taking turns, with
+adapters and without (bare: nothing but the first bias is trained), and patched over eager. Ratios are what to watch.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import time
+
+os.environ["FASTPETL_TUNE"] = "0"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from transformers import ViltConfig, ViltForQuestionAnswering
+
+import fastpetl
+from fastpetl import models
+
+WIDTH, HEADS = 32, 2
+STILL = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+BERT = {**STILL, "hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": WIDTH, "vocab_size": 60}
+
+
+def vlbart():
+    sides = ("encoder", "decoder")
+    sizes = {f"{s}_ffn_dim": WIDTH for s in sides} | {f"{s}_attention_heads": HEADS for s in sides}
+    still = dict.fromkeys(("dropout", "attention_dropout", "activation_dropout"), 0.0)
+    return models.VLBart(models.VLBartConfig(vocab_size=60, d_model=WIDTH, feat_dim=8, n_boxes=4, **sizes, **still))
+
+
+def vlt5():
+    sizes = {"d_model": WIDTH, "d_kv": WIDTH // HEADS, "num_heads": HEADS, "d_ff": WIDTH, "dropout_rate": 0.0}
+    return models.VLT5(models.VLT5Config(vocab_size=60, feat_dim=8, n_boxes=4, **sizes))
+
+
+def meter():
+    sizes = {k: v for k, v in BERT.items() if k != "vocab_size"}
+    vision = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": WIDTH, "image_size": 32}
+    config = models.MeterConfig(**sizes, num_labels=5, max_text_length=5, text_config=BERT, vision_config=vision)
+    return models.MeterForQuestionAnswering(config)
+
+
+def vilt():
+    return ViltForQuestionAnswering(ViltConfig(**BERT, num_labels=5, image_size=32, patch_size=16))
+
+
+MODELS = {
+    "vlbart": (vlbart, fastpetl.AdapterConfig),
+    "vlt5": (vlt5, fastpetl.AdapterConfig),
+    "meter": (meter, fastpetl.DASConfig),
+    "vilt": (vilt, fastpetl.DASConfig),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="which (default: all)")
+    parser.add_argument("--seconds", type=float, default=2.5, help="for each model, kind and mode")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{'':22}{'forward, ms':>27}{'step, ms':>32}\n{'':22}" + f"{'eager':>9}{'patched':>9}{'ratio':>9}     " * 2)
+    for name in args.models or MODELS:
+        for kind in ("with adapters", "bare"):
+            pair = variants(name, kind == "bare")
+            cells = [row(pair, run, args.seconds) for run in (infer, step)]
+            print(f"{name + ', ' + kind:22}" + "     ".join(cells), flush=True)
+
+
+def variants(name: str, bare: bool) -> list:
+    """Semantics: [eager, patched], each (model, arguments of a training forward, optimizer)."""
+    torch.manual_seed(0)
+    build, config = MODELS[name]
+    model = build()
+    if bare:
+        model.requires_grad_(False)
+        next(p for n, p in model.named_parameters() if n.endswith("bias") or name == "vlt5").requires_grad_()
+    else:
+        fastpetl.attach(model, config(bottleneck=4), patch=False)
+    pair = [model, fastpetl.patch(copy.deepcopy(model), backend="torch")]
+    trained = ([p for p in m.parameters() if p.requires_grad] for m in pair)
+    return [(m, batch(name), torch.optim.SGD(ps, 1e-5)) for m, ps in zip(pair, trained, strict=True)]
+
+
+def batch(name: str) -> dict:
+    ids = torch.arange(3, 8).view(1, 5)
+    if name in ("vlbart", "vlt5"):
+        return {"input_ids": ids, "vis_feats": torch.randn(1, 4, 8), "labels": ids[:, :3]}
+    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32), "labels": torch.rand(1, 5)}
+
+
+def infer(model, inputs, optimizer) -> None:
+    with torch.no_grad():
+        model(**inputs)
+
+
+def step(model, inputs, optimizer) -> None:
+    model(**inputs).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def row(pair, run, seconds: float) -> str:
+    """Semantics: median milliseconds of eager and of patched, which take turns, and the second over the first."""
+    for model, *_ in pair:
+        model.train(run is step)
+    times, end = ([], []), time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times[1]) < 8:
+        for variant, taken in zip(pair, times, strict=True):
+            start = time.perf_counter()
+            run(*variant)
+            taken.append(time.perf_counter() - start)
+    eager, patched = (1e3 * statistics.median(taken[3:]) for taken in times)
+    return f"{eager:9.2f}{patched:9.2f}{patched / eager:9.2f}"
+
+
+if __name__ == "__main__":
+    main()
