@@ -1,4 +1,4 @@
-"""What a call costs in Python, where torch's own kernels serve as they do on a GPU: python benchmarks/host.py [model ...]
+"""What a call costs in Python, where torch's own kernels serve as they do on a GPU: benchmarks/host.py [model ...]
 
 Models of the full number of layers and of next to no width, batch 1, on one thread of the CPU: what is left is the time
 it takes to call the kernels, which on a GPU decides as soon as they are fast. `patch(backend="torch")` makes linears,

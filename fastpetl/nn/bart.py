@@ -36,13 +36,12 @@ class FusedBartAttention(Fused, hf.BartAttention):
         if lora:
             q, kv = self.q_proj(x), None
         elif source is None:
-            qkv = self._linear(x, self.q_proj, self.k_proj, self.v_proj, slot="qkv")
-            out = None
-            if past_key_values is None and not self.is_causal and not (self.training and self.dropout > 0):
-                out = self._attend(qkv, self.num_heads, attention_mask, self.scaling)
+            fused = past_key_values is None and not self.is_causal and not (self.training and self.dropout > 0)
+            linears = self.q_proj, self.k_proj, self.v_proj
+            out, qkv = self._own(x, linears, "qkv", self.num_heads, attention_mask, self.scaling, fused)
             if out is not None:
                 return self._linear(out, self.out_proj, slot="out"), None
-            q, *kv = qkv.chunk(3, -1)
+            q, *kv = qkv
         else:
             q, kv = self._linear(x, self.q_proj, slot="q"), None
         dropout = self.dropout if self.training else 0.0
@@ -57,7 +56,7 @@ class FusedBartAttention(Fused, hf.BartAttention):
                 y = x if source is None else source
                 both = self._linear(y, self.k_proj, slot="k"), self.v_proj(y)
             else:
-                both = kv or self._linear(source, self.k_proj, self.v_proj, slot="kv").chunk(2, -1)
+                both = kv or self._each(source, self.k_proj, self.v_proj, slot="kv")
             return [heads(t, size) for t in both]
 
         k, v = cached_keys(self, past_key_values, source, keys)

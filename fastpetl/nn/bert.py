@@ -28,15 +28,14 @@ class SelfAttention(Fused):
         x, past, size = hidden_states, past_key_values, self.attention_head_size
         if self._declines(PROJECTIONS, x):
             return super().forward(x, attention_mask, past, **kwargs)
-        qkv = self._linear(x, self.query, self.key, self.value, slot="qkv")
         p = self.dropout.p if self.training else 0.0
         # SDPA takes the module for causal where there is no mask; eager attention never does.
         causal = kwargs.get("is_causal", self.is_causal) and attention_mask is None
-        if past is None and not causal and p == 0:
-            out = self._attend(qkv, self.num_attention_heads, attention_mask, self.scaling)
-            if out is not None:
-                return out, None
-        q, k, v = (heads(t, size) for t in qkv.chunk(3, -1))
+        linears, fused = (self.query, self.key, self.value), past is None and not causal and p == 0
+        out, qkv = self._own(x, linears, "qkv", self.num_attention_heads, attention_mask, self.scaling, fused)
+        if out is not None:
+            return out, None
+        q, k, v = (heads(t, size) for t in qkv)
         if past is not None:
             k, v = cached_keys(self, past, None, lambda: (k, v))
         attend = interface(self, hf.eager_attention_forward)
@@ -53,7 +52,7 @@ class CrossAttention(Fused):
             return super().forward(x, source, attention_mask, past_key_values, **kwargs)
 
         def keys():
-            both = self._linear(source, self.key, self.value, slot="kv").chunk(2, -1)
+            both = self._each(source, self.key, self.value, slot="kv")
             return [heads(t, size) for t in both]
 
         q = heads(self._one(x, self.query, "q"), size)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from transformers.models.clip import modeling_clip as hf
 
+from fastpetl._by_torch import norm_by_torch
 from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR
 from fastpetl.nn.inline import structure
-from fastpetl.nn.parts import Fused, exact_gelu, heads, interface
+from fastpetl.nn.parts import Fused, exact_gelu, heads, interface, torch_norm
 from fastpetl.nn.task_layers import fused_routed
 
 PROJECTIONS = structure(q_proj=LORA_LINEAR, k_proj=nn.Linear, v_proj=LORA_LINEAR, out_proj=OUTPUT_LINEAR)
@@ -22,15 +24,13 @@ class FusedCLIPAttention(Fused, hf.CLIPAttention):
         x = hidden_states
         if self._declines(PROJECTIONS, x):
             return super().forward(x, attention_mask, **kwargs)
-        qkv = self._linear(x, self.q_proj, self.k_proj, self.v_proj, slot="qkv")
         dropout = self.dropout if self.training else 0.0
         # The text model says is_causal in the call; where it gives a mask as well, SDPA takes the mask alone.
         causal = kwargs.get("is_causal", self.is_causal) and attention_mask is None
-        out = weights = None
-        if not causal and dropout == 0:
-            out = self._attend(qkv, self.num_heads, attention_mask, self.scale)
+        linears, fused, weights = (self.q_proj, self.k_proj, self.v_proj), not causal and dropout == 0, None
+        out, qkv = self._own(x, linears, "qkv", self.num_heads, attention_mask, self.scale, fused)
         if out is None:
-            q, k, v = (heads(t, self.head_dim) for t in qkv.chunk(3, -1))
+            q, k, v = (heads(t, self.head_dim) for t in qkv)
             attend = interface(self, hf.eager_attention_forward)
             out, weights = attend(self, q, k, v, attention_mask, scaling=self.scale, dropout=dropout, **kwargs)
             out = out.flatten(2)
@@ -56,11 +56,14 @@ class _FusedLayer(Fused):
         x = hidden_states
         if self._declines(NORMS, x):
             return super().forward(x, attention_mask, **kwargs)
+        f, _ = self.self_attn(hidden_states=self.layer_norm1(x), attention_mask=attention_mask, **kwargs)
+        norm, own = self.layer_norm2, not self.self_attn._forward_hooks
+        if norm_by_torch(self._fastpetl_backend, x):
+            s = f.add_(x) if own and not torch.is_grad_enabled() else x + f
+            return s + self.mlp(torch_norm(s, norm))
         from fastpetl import ops
 
-        f, _ = self.self_attn(hidden_states=self.layer_norm1(x), attention_mask=attention_mask, **kwargs)
-        norm, backend = self.layer_norm2, self._op("residual_norm")
-        options = {"emit": "both", "backend": backend, "overwrite": not self.self_attn._forward_hooks}
+        options = {"emit": "both", "backend": self._op("residual_norm"), "overwrite": own}
         s, n = ops.residual_norm(x, f, norm.weight, norm.bias, eps=norm.eps, **options)
         return s + self.mlp(n)
 

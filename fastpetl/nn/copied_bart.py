@@ -125,7 +125,7 @@ class CopiedBartAttention(Fused):
             if past is not None:
                 k, v = past
             else:
-                k, v = (heads(t, size) for t in self._linear(source, self.k_proj, self.v_proj, slot="kv").chunk(2, -1))
+                k, v = (heads(t, size) for t in self._each(source, self.k_proj, self.v_proj, slot="kv"))
         out = self._linear(attend(q, k, v, attention_mask, p), self.out_proj, slot="out")
         return out, None, (k, v) if self.is_decoder else past
 

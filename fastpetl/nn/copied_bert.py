@@ -63,7 +63,7 @@ class CopiedBertSelfAttention(Fused):
             q, k, v = (heads(t, size) for t in qkv.chunk(3, -1))
             return (attend(q, k, v, attention_mask, p),)
         q = heads(self._linear(x, self.query, slot="q"), size)
-        k, v = (heads(t, size) for t in self._linear(source, self.key, self.value, slot="kv").chunk(2, -1))
+        k, v = (heads(t, size) for t in self._each(source, self.key, self.value, slot="kv"))
         return (attend(q, k, v, encoder_attention_mask, p),)
 
 

@@ -20,7 +20,7 @@ class CopiedLxmertAttention(Fused):
         p = self.dropout.p if self.dropout.training else 0.0
         if context is not x:
             q = heads(self._linear(x, self.query, slot="q"), size)
-            k, v = (heads(t, size) for t in self._linear(context, self.key, self.value, slot="kv").chunk(2, -1))
+            k, v = (heads(t, size) for t in self._each(context, self.key, self.value, slot="kv"))
             return attend(q, k, v, attention_mask, p)
         qkv = self._linear(x, self.query, self.key, self.value, slot="qkv")
         plain, additive = key_mask(attention_mask, *x.shape[:2])

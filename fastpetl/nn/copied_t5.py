@@ -41,7 +41,7 @@ class CopiedT5Attention(Fused):
             more = (past, head_mask, query_length, use_cache, output_attentions)
             return super().forward(x, mask, source, position_bias, *more)
         if source is None:
-            q, k, v = (heads(t, size) for t in self._linear(x, self.q, self.k, self.v, slot="qkv").chunk(3, -1))
+            q, k, v = (heads(t, size) for t in self._each(x, self.q, self.k, self.v, slot="qkv"))
             if past is not None:
                 k, v = (torch.cat(pair, 2) for pair in zip(past, (k, v), strict=True))
         else:
@@ -49,7 +49,7 @@ class CopiedT5Attention(Fused):
             if past is not None:
                 k, v = past
             else:
-                k, v = (heads(t, size) for t in self._linear(source, self.k, self.v, slot="kv").chunk(2, -1))
+                k, v = (heads(t, size) for t in self._each(source, self.k, self.v, slot="kv"))
         if position_bias is None:
             seen = 0 if past is None else past[0].shape[2] if query_length is None else query_length
             position_bias = self._bias(q, seen, source, mask, past)
@@ -113,7 +113,7 @@ class CopiedT5DenseGatedDense(Fused):
         if self._declines(GATED, hidden_states):
             return super().forward(hidden_states)
         act = self.gelu_act if hasattr(self, "gelu_act") else self.act
-        gate, h = self._linear(hidden_states, self.wi_0, self.wi_1, slot="wi").chunk(2, -1)
+        gate, h = self._each(hidden_states, self.wi_0, self.wi_1, slot="wi")
         h = drop(act(gate) * h, self.dropout.p, self.dropout.training)
         return self._linear(h, self.wo, slot="wo")
 

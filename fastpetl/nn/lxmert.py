@@ -33,7 +33,7 @@ class FusedLxmertAttention(Fused, hf.LxmertAttention):
             q, k, v = (heads(t, size) for t in qkv.chunk(3, -1))
         else:
             q = heads(self._linear(x, self.query, slot="q"), size)
-            k, v = (heads(t, size) for t in self._linear(context, self.key, self.value, slot="kv").chunk(2, -1))
+            k, v = (heads(t, size) for t in self._each(context, self.key, self.value, slot="kv"))
         return (attend(q, k, v, attention_mask, self.dropout.p if dropped else 0.0),)
 
 

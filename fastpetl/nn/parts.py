@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastpetl._by_torch import by_torch, norm_by_torch
 from fastpetl.nn.adapted import CHILD, AdaptedLinear
 from fastpetl.nn.inline import HOOKS, call_reason, note_fallback
 from fastpetl.nn.lora import FusedLoRALinear, beside_others, merged_weights
@@ -36,6 +37,8 @@ class Fused:
         with LoRA are taken merged where they can be, else called; an adapted linear's output is adapted, unless adapt
         is False.
         """
+        if len(linears) == 1 and self._by_torch("linear", x):
+            return torch_linear(x if behind is None else torch_activated(x, behind, activation), linears[0], adapt)
         from fastpetl import ops
 
         if len(linears) > 1 and not all(type(linear) is nn.Linear or beside_others((linear,), x) for linear in linears):
@@ -52,6 +55,22 @@ class Fused:
             y = ops.feed_forward(x, first, behind.bias, *weights, bias, **options)
         return linears[0].adapted(y) if adapt and type(linears[0]) is AdaptedLinear else y
 
+    def _each(self, x, *linears: nn.Linear, slot: str) -> tuple | list:
+        """Semantics: [linear_1(x), linear_2(x), ...], of one size; side by side where a kernel of ours serves."""
+        if self._by_torch("linear", x):
+            return [torch_linear(x, linear) for linear in linears]
+        return self._linear(x, *linears, slot=slot).chunk(len(linears), -1)
+
+    def _own(self, x, linears, slot: str, heads: int, mask, scaling: float, fused: bool) -> tuple:
+        """Semantics: self-attention's output and None, or None and q, k, v where `_attend` is not to serve (fused is
+        False), or cannot.
+        """
+        if self._by_torch("linear", x):
+            return None, [torch_linear(x, linear) for linear in linears]
+        qkv = self._linear(x, *linears, slot=slot)
+        out = self._attend(qkv, heads, mask, scaling) if fused else None
+        return out, (qkv.chunk(3, -1) if out is None else None)
+
     def _one(self, x, linear, slot: str) -> torch.Tensor:
         """One of several linears that cannot be taken side by side, or a query that may have LoRA."""
         plain = type(linear) is nn.Linear or beside_others((linear,), x)
@@ -61,6 +80,9 @@ class Fused:
         from fastpetl.backends import for_op
 
         return for_op(name, self._fastpetl_backend)
+
+    def _by_torch(self, op: str, x: torch.Tensor) -> bool:
+        return by_torch(op, self._fastpetl_backend, x)
 
     def _pack(self, slot: str):
         state = self.__dict__
@@ -129,10 +151,40 @@ class Fused:
 
     def _add_norm(self, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm, own: bool = True) -> torch.Tensor:
         """Semantics: norm(x + f); own: nobody else has seen f, it may be written to."""
+        if norm_by_torch(self._fastpetl_backend, x):
+            return torch_norm(f.add_(x) if own and not torch.is_grad_enabled() else x + f, norm)
         from fastpetl import ops
 
         options = {"emit": "norm", "backend": self._op("residual_norm"), "overwrite": own}
         return ops.residual_norm(x, f, norm.weight, norm.bias, eps=norm.eps, **options)
+
+
+def torch_linear(x: torch.Tensor, linear: nn.Linear, adapt: bool = True) -> torch.Tensor:
+    """Semantics: what calling `linear` on x gives, by torch's own product; LoRA merged where it can be; adapt: as for
+    `Fused._linear`.
+    """
+    kind = type(linear)
+    if kind is FusedLoRALinear and linear.merges(x):
+        return F.linear(x, linear.merged(x), linear.bias)
+    if kind is not nn.Linear and (adapt or kind is not AdaptedLinear):
+        return linear(x)
+    own = linear._parameters
+    return F.linear(x, own["weight"], own["bias"]) if own else F.linear(x, linear.weight, linear.bias)  # a replica's
+
+
+def torch_norm(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
+    """Semantics: what calling `norm` on x gives."""
+    own = norm._parameters
+    weight, bias = (own["weight"], own["bias"]) if own else (norm.weight, norm.bias)  # a replica's
+    return torch.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def torch_activated(x: torch.Tensor, linear: nn.Linear, activation: str) -> torch.Tensor:
+    """Semantics: activation(linear(x)) by torch; in inference where the product is."""
+    h = torch_linear(x, linear)
+    if activation == "relu":
+        return F.relu(h, inplace=not torch.is_grad_enabled())
+    return F.gelu(h) if torch.is_grad_enabled() else torch.ops.aten.gelu_(h)
 
 
 def exact_gelu(activation) -> bool:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers.models.t5 import modeling_t5 as hf
 
+from fastpetl._by_torch import norm_by_torch
 from fastpetl.nn.inline import note_fallback, structure, tensor_reason
 from fastpetl.nn.lora import LoRALinear, beside_others
 from fastpetl.nn.parts import Fused, activate, cached_keys, drop, heads, inlined, interface
@@ -32,7 +33,7 @@ class FusedT5Attention(Fused, hf.T5Attention):
         if lora:
             q, kv = self.q(x), None
         elif source is None:
-            q, *kv = self._linear(x, self.q, self.k, self.v, slot="qkv").chunk(3, -1)
+            q, *kv = self._each(x, self.q, self.k, self.v, slot="qkv")
         else:
             q, kv = self._linear(x, self.q, slot="q"), None
         dropout = self.dropout if self.training else 0.0
@@ -53,7 +54,7 @@ class FusedT5Attention(Fused, hf.T5Attention):
                 y = x if source is None else source
                 both = self._linear(y, self.k, slot="k"), self.v(y)
             else:
-                both = kv or self._linear(source, self.k, self.v, slot="kv").chunk(2, -1)
+                both = kv or self._each(source, self.k, self.v, slot="kv")
             return [heads(t, size) for t in both]
 
         k, v = cached_keys(self, past, source, keys)
@@ -91,6 +92,8 @@ class FusedT5LayerNorm(Fused, hf.T5LayerNorm):
         if reason is not None:
             note_fallback(self, f"weight {reason}")
             return super().forward(x)
+        if norm_by_torch(self._fastpetl_backend, x):
+            return torch.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
         from fastpetl import ops
 
         eps, backend = self.variance_epsilon, self._op("residual_norm")
@@ -117,7 +120,7 @@ class FusedT5DenseGatedActDense(Fused, hf.T5DenseGatedActDense):
     def forward(self, hidden_states):
         if self._declines(GATED, hidden_states):
             return super().forward(hidden_states)
-        gate, h = self._linear(hidden_states, self.wi_0, self.wi_1, slot="wi").chunk(2, -1)
+        gate, h = self._each(hidden_states, self.wi_0, self.wi_1, slot="wi")
         h = drop(self.act(gate) * h, self.dropout.p, self.dropout.training)
         return self._linear(h, self.wo, slot="wo")
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from .. import backends
+from .._by_torch import norm_by_torch
 from ..spec import EMITS, TAILS, check_tail
 from ._common import (
     autocast_dtype,
@@ -138,7 +139,7 @@ def _call(tensors, tail, emit, eps, dropout, backend, overwrite=False):
     if not compiled and backend == "auto" and mask is None and not dropout:
         if name == "cpp":
             name = _choose(tensors, tail, emit, eps, grad)
-        elif name == "triton" and x.numel() < SMALL and len(backends.serving("residual_norm", "auto", *_kind(x))) > 1:
+        elif norm_by_torch(backend, x):
             name = "torch"
     if name == "torch":
         overwrite = overwrite and not torch.is_grad_enabled() and not compiled
@@ -153,15 +154,6 @@ def _call(tensors, tail, emit, eps, dropout, backend, overwrite=False):
         return _ResidualNorm.apply(*tensors, tail, emit, eps, dropout, name)
     s, n, _ = run_forward(name, *tensors, tail, emit, eps, dropout, False)
     return (s.view(x.shape) if emit & SUM else None), (n.view(x.shape) if emit & NORM else None)
-
-
-# Elements from which one Triton kernel beats torch's two: it saves 2.4 us a million on an H200 (benchmarks/NOTES.md),
-# and calling it takes 10 us longer.
-SMALL = 1 << 22
-
-
-def _kind(x) -> tuple:
-    return x.device.type, x.dtype
 
 
 def _choose(tensors, tail, emit, eps, grad) -> str:
