@@ -2,8 +2,9 @@
 
 Models of the full number of layers and of next to no width, batch 1, on one thread of the CPU: what is left is the time
 it takes to call the kernels, which on a GPU decides as soon as they are fast. `patch(backend="torch")` makes linears,
-attention and norms torch's, as they are on a GPU; a site is one launch, here of the C++ kernel, unmeasured
-(FASTPETL_TUNE=0). A GPU's own launches (kernels/launching.py) are not in it: see gpu_suite.py.
+attention and norms torch's, as they are on a GPU; a site is one launch, here of the C++ kernel
+(FASTPETL_BACKEND=cpp, so that nothing is measured). A GPU's own launches (kernels/launching.py) are not in it: see
+gpu_suite.py.
 
 Prints the median milliseconds of a forward (inference) and of a training step, eager and patched taking turns, with
 adapters and without (bare: nothing but the first bias is trained), and patched over eager. Ratios are what to watch.
@@ -15,7 +16,7 @@ import os
 import statistics
 import time
 
-os.environ["FASTPETL_TUNE"] = "0"
+os.environ["FASTPETL_BACKEND"] = "cpp"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from numbers import Real
 
@@ -101,6 +102,21 @@ class AdapterSpec:
     def code(self) -> int:
         """The kernels' number of the activation."""
         return ACTIVATIONS[self.activation]
+
+    @functools.cached_property
+    def config(self) -> tuple:
+        """What the launchers of a site with a norm behind it take: (add_x, eps, activation, scale, tail, tail's eps, is
+        the sum wanted).
+        """
+        tail = TAILS[self.tail], self.tail_eps
+        return self.input != "normalised", self.eps, self.code, float(self.scale), *tail, self.emit == "both"
+
+    @functools.cached_property
+    def shapes(self) -> tuple:
+        """Those of (w_down, b_down, w_up, b_up, norm_weight, norm_bias), None for one that is not there."""
+        d, r = self.hidden, self.bottleneck
+        norm, norm_bias = ((d,) if there else None for there in (self.norm, self.norm_bias))
+        return (r, d), ((r,) if self.down_bias else None), (d, r), ((d,) if self.up_bias else None), norm, norm_bias
 
     @property
     def parameters(self) -> int:

@@ -14,7 +14,16 @@ from torch import nn
 from fastpetl.nn import compacter
 from fastpetl.nn.adapter import ACTIVATIONS, site_spec
 from fastpetl.nn.hyperformer import FusedHyperSite
-from fastpetl.nn.inline import HOOKS, Inlined, call_reason, note_fallback, structure, structure_reason
+from fastpetl.nn.inline import (
+    Inlined,
+    as_expected,
+    call_reason,
+    listened,
+    note_fallback,
+    structure,
+    structure_reason,
+    weight_and_bias,
+)
 from fastpetl.nn.tasks import in_one_launch, per_sample, stacked, task_ids
 
 SHARINGS = ("single", "half", "multiple")
@@ -34,8 +43,8 @@ class TaskAdapter(nn.Module):
 
     def weights(self) -> tuple:
         """(w_down, b_down, w_up, b_up)."""
-        down, up = self.down_sampler, self.up_sampler
-        return down.weight, down.bias, up.weight, up.bias
+        children = self._modules
+        return *weight_and_bias(children["down_sampler"]), *weight_and_bias(children["up_sampler"])
 
     def extra_repr(self) -> str:
         return f"activation={self.activation}"
@@ -97,8 +106,9 @@ class AdapterController(nn.Module):
         """Semantics: the adapter of `task`; ValueError if there is none of that name, or several and none is named."""
         adapters = self.adapters._modules
         if task is None:
-            if len({id(adapter) for adapter in adapters.values()}) == 1:
-                return next(iter(adapters.values()))
+            first, *others = adapters.values()
+            if not others or all(adapter is first for adapter in others):
+                return first
             raise ValueError(
                 f"AdapterController: task is None, expected one of {', '.join(adapters)}: "
                 "fastpetl.task(model, name), or model(..., task=name)"
@@ -154,6 +164,7 @@ FusedAdapterController.__name__ = AdapterController.__name__  # accelerate and o
 _LINEARS = structure(down_sampler=nn.Linear, up_sampler=nn.Linear)
 _TASK_ADAPTER = Inlined(TaskAdapter, _LINEARS)
 _NORMS = structure(pre_layer_norm=nn.LayerNorm, post_layer_norm=nn.LayerNorm)
+_NO_NORMS: dict[str, Inlined] = {}
 CONTROLLERS = (AdapterController, FusedAdapterController)
 
 
@@ -165,17 +176,24 @@ def controller_structure(controller: AdapterController) -> dict[str, Inlined]:
 
 def _norms(controller) -> dict[str, Inlined]:
     there = controller._modules
+    if len(there) == 1:  # the adapters
+        return _NO_NORMS
     return {name: inlined for name, inlined in _NORMS.items() if name in there}
 
 
-def _adapter_reason(controller, task, x) -> str | None:
-    """Semantics: why the adapter of `task` must be called and not read; the others are not looked at."""
+def _adapter_reason(controller, task, x, adapter=None) -> str | None:
+    """Semantics: why the adapter of `task` must be called and not read; the others are not looked at. adapter: it, if
+    known.
+    """
     adapters = controller._modules["adapters"]
     if type(adapters) is not nn.ModuleDict:
         return f"adapters is a {type(adapters).__name__}, expected a ModuleDict"
-    kind = type(controller.adapter(task))  # raises for a task it does not know
+    kind = type(adapter or controller.adapter(task))  # raises for a task it does not know
     name = next(iter(adapters._modules)) if task is None else task
-    return structure_reason(adapters, _one(name, kind), x.dtype, x.device, "adapters.")
+    expected, dtype, device = _one(name, kind), x.dtype, x.device
+    if not torch.compiler.is_compiling() and as_expected(adapters, expected, dtype, device):
+        return None
+    return structure_reason(adapters, expected, dtype, device, "adapters.")
 
 
 @functools.lru_cache(maxsize=256)
@@ -271,14 +289,13 @@ def _cache(controller):
 def controller_site(controller, x, f, task, norm: nn.LayerNorm, backend: str, keep="sum") -> torch.Tensor | None:
     """Semantics: norm(x + f + U_t(f)), the controller's forward on f and what follows it, as one op, or two where the
     samples' tasks differ and one call does not serve them all (`keep` then does nothing); None where the controller has
-    to be called: hooks, a norm of its own behind the adapter.
+    to be called: hooks, a norm of its own behind the adapter. For layers that have asked `call_reason`.
     """
     if type(controller) is FusedHyperSite:
         return controller.site(x, f, task, norm, backend, keep)
     if type(controller) is not FusedAdapterController:
         return None
-    state = controller.__dict__
-    if "post_layer_norm" in controller._modules or "forward" in state or any(state[hooks] for hooks in HOOKS):
+    if "post_layer_norm" in controller._modules or listened(controller):
         return None
     if isinstance(task, tuple | list):
         task = controller._distinct(task)
@@ -286,14 +303,16 @@ def controller_site(controller, x, f, task, norm: nn.LayerNorm, backend: str, ke
             return _mixed_site(controller, x, f, task, norm, backend, keep) if _mixable(controller, task, f) else None
         task_ids(f, task, task[:1])  # as many as samples
         task = task[0]
-    if call_reason(controller, _norms(controller), f) or _adapter_reason(controller, task, f):
+    norms, adapter = _norms(controller), controller.adapter(task)
+    if norms and structure_reason(controller, norms, f.dtype, f.device):
+        return None
+    if _adapter_reason(controller, task, f, adapter):
         return None
     from fastpetl import ops
 
-    adapter = controller.adapter(task)
     weights = _weights(controller, adapter)
-    options = _site_options(controller, adapter.activation, weights, norm) | {"backend": backend, "keep": keep}
-    return ops.adapter_residual_norm(x, f, *weights, **options)
+    options = _site_options(controller, adapter.activation, weights, norm)
+    return ops.adapter_residual_norm(x, f, *weights, **options, backend=backend, keep=keep)
 
 
 def _site_options(controller, activation, weights, norm) -> dict:
@@ -305,7 +324,8 @@ def _site_options(controller, activation, weights, norm) -> dict:
     biases = b_down is not None, b_up is not None
     sizes = w_down.shape[1], w_down.shape[0]
     spec = site_spec(*sizes, activation, 1.0, own, biases, norm.eps, "norm", "sublayer")
-    return {"spec": spec, "tail_weight": norm.weight, "tail_bias": norm.bias, **norms}
+    weight, bias = weight_and_bias(norm)
+    return {"spec": spec, "tail_weight": weight, "tail_bias": bias, **norms}
 
 
 def _mixed_site(controller, x, f, tasks, norm, backend, keep):

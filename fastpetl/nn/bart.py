@@ -25,6 +25,8 @@ PROJECTIONS = structure(q_proj=nn.Linear, k_proj=nn.Linear, v_proj=nn.Linear, ou
 class FusedBartAttention(Fused, hf.BartAttention):
     """BartAttention, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
 
+    _any_linear = True
+
     def forward(
         self, hidden_states, key_value_states=None, past_key_values=None, attention_mask=None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -98,6 +100,7 @@ class _FusedLayer(Fused):
 
 
 class _FusedEncoder(_FusedLayer):
+    _any_linear = True
     structure = structure(self_attn_layer_norm=nn.LayerNorm, final_layer_norm=nn.LayerNorm, **_FEED_FORWARD)
 
     def forward(self, hidden_states, attention_mask=None, task=None, **kwargs):
@@ -116,6 +119,7 @@ class _FusedEncoder(_FusedLayer):
 
 
 class _FusedDecoder(_FusedLayer):
+    _any_linear = True
     structure = _FusedEncoder.structure | structure(encoder_attn_layer_norm=nn.LayerNorm)
 
     def forward(

@@ -24,6 +24,8 @@ OUTPUT = structure(dense=OUTPUT_LINEAR, LayerNorm=nn.LayerNorm, dropout=nn.Dropo
 class SelfAttention(Fused):
     """Mixin of a fused BertSelfAttention, before the original."""
 
+    _any_linear = True
+
     def forward(self, hidden_states, attention_mask=None, past_key_values=None, **kwargs):
         x, past, size = hidden_states, past_key_values, self.attention_head_size
         if self._declines(PROJECTIONS, x):
@@ -46,6 +48,8 @@ class SelfAttention(Fused):
 class CrossAttention(Fused):
     """Mixin of a fused BertCrossAttention, before the original."""
 
+    _any_linear = True
+
     def forward(self, hidden_states, encoder_hidden_states=None, attention_mask=None, past_key_values=None, **kwargs):
         x, source, size = hidden_states, encoder_hidden_states, self.attention_head_size
         if self._declines(PROJECTIONS, x):
@@ -65,6 +69,8 @@ class CrossAttention(Fused):
 
 class Output(Fused):
     """Semantics: LN(drop(dense(h)) + x). Mixin of a fused BertSelfOutput, before the original."""
+
+    _any_linear = True
 
     def forward(self, hidden_states, input_tensor):
         if self._declines(OUTPUT, hidden_states):
@@ -96,6 +102,8 @@ class Intermediate(Fused):
 
 class FeedForward(Fused):
     """Semantics: LN(drop(dense2(gelu(dense1(x)))) + x). Mixin of a fused BertLayer, before the original."""
+
+    _any_linear = True
 
     structures: tuple[dict[str, Inlined], dict[str, Inlined]]  # activation called, activation inlined
 

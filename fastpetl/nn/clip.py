@@ -20,6 +20,8 @@ NORMS = structure(layer_norm1=nn.LayerNorm, layer_norm2=nn.LayerNorm)
 class FusedCLIPAttention(Fused, hf.CLIPAttention):
     """CLIPAttention, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
 
+    _any_linear = True
+
     def forward(self, hidden_states, attention_mask=None, **kwargs):
         x = hidden_states
         if self._declines(PROJECTIONS, x):
@@ -39,6 +41,8 @@ class FusedCLIPAttention(Fused, hf.CLIPAttention):
 
 class FusedCLIPMLP(Fused, hf.CLIPMLP):
     """CLIPMLP, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
+
+    _any_linear = True
 
     def forward(self, hidden_states):
         if self._declines(MLP, hidden_states):

@@ -12,7 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastpetl._by_torch import by_torch, norm_by_torch
 from fastpetl.nn.adapted import CHILD, AdaptedLinear
-from fastpetl.nn.inline import HOOKS, call_reason, note_fallback
+from fastpetl.nn.inline import HOOKS, call_reason, note_fallback, weight_and_bias
 from fastpetl.nn.lora import FusedLoRALinear, beside_others, merged_weights
 
 
@@ -21,10 +21,11 @@ class Fused:
 
     _fastpetl_backend = "auto"
     _fastpetl_fallback = None
+    _any_linear = False  # is the original known to ask nothing of its linears' tensors, but for their products?
 
     def _declines(self, structure, x: torch.Tensor) -> bool:
         """Semantics: must this call take the original forward? Notes why."""
-        reason = call_reason(self, structure, x)
+        reason = call_reason(self, structure, x, self._any_linear and by_torch("linear", self._fastpetl_backend, x))
         if reason is not None:
             note_fallback(self, reason)
         return reason is not None
@@ -168,15 +169,12 @@ def torch_linear(x: torch.Tensor, linear: nn.Linear, adapt: bool = True) -> torc
         return F.linear(x, linear.merged(x), linear.bias)
     if kind is not nn.Linear and (adapt or kind is not AdaptedLinear):
         return linear(x)
-    own = linear._parameters
-    return F.linear(x, own["weight"], own["bias"]) if own else F.linear(x, linear.weight, linear.bias)  # a replica's
+    return F.linear(x, *weight_and_bias(linear))
 
 
 def torch_norm(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:
     """Semantics: what calling `norm` on x gives."""
-    own = norm._parameters
-    weight, bias = (own["weight"], own["bias"]) if own else (norm.weight, norm.bias)  # a replica's
-    return torch.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+    return torch.layer_norm(x, norm.normalized_shape, *weight_and_bias(norm), norm.eps)
 
 
 def torch_activated(x: torch.Tensor, linear: nn.Linear, activation: str) -> torch.Tensor:

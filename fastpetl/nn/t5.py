@@ -20,6 +20,8 @@ GATED = structure(wi_0=nn.Linear, wi_1=nn.Linear, wo=nn.Linear, dropout=nn.Dropo
 class FusedT5Attention(Fused, hf.T5Attention):
     """T5Attention, same numbers, fewer kernels. Made by `fastpetl.patch`, never constructed."""
 
+    _any_linear = True
+
     def forward(
         self, hidden_states, mask=None, key_value_states=None, position_bias=None, past_key_values=None, **kwargs
     ):

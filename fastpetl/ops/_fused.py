@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ..spec import TAILS
+from ..spec import TAILS, AdapterSpec
 from ._adapter import run_forward as adapter_forward
-from ._common import autocast_dtype, first_order, grad_mask, needs_grad, rows, through_dispatcher, unflatten
+from ._common import _PLAIN, autocast_dtype, first_order, grad_mask, needs_grad, rows, through_dispatcher, unflatten
 from ._measured import choose, rows_class
 from ._site import run_backward, run_forward
 
@@ -35,6 +35,43 @@ def one_launch(spec, x, f, normed, mine, tail_weight, tail_bias, backend, compos
     if name == "composed":
         return None
     return _compiled(spec, tensors, grad, name) if compiled else _eager(spec, tensors, grad, name, keep)
+
+
+def at_once(spec, x, f, mine, tail_weight, tail_bias, backend, keep):
+    """Semantics: as `adapter_residual_norm` without seed and mask, with no more checks than the launch needs; None
+    where anything is not as it usually is: the long way then serves, or says what is wrong.
+    """
+    if type(spec) is not AdapterSpec or spec.tail is None or spec.placement != "inside" or spec.dropout:
+        return None
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or torch._C._is_any_autocast_enabled():
+        return None
+    if keep not in KEEPS or spec.input == "normalised" or not _usual(spec, x, f, mine, tail_weight, tail_bias):
+        return None
+    device, dtype = x.device.type, x.dtype
+    name = backends.if_served("site", backend, device, dtype)
+    if backend == "auto":
+        if name == "cpp" and dtype == torch.float32 and len(backends.serving("site", backend, device, dtype)) > 1:
+            return None  # to be measured
+        name = backends.of_size("site", name, x, spec.bottleneck)
+    if name in (None, "composed"):
+        return None
+    tensors = (x, f, None, *mine, tail_weight, tail_bias)
+    s, n = _eager(spec, tensors, needs_grad(*tensors), name, keep)
+    return (s, n) if spec.emit == "both" else n
+
+
+def _usual(spec, x, f, mine, tail_weight, tail_bias) -> bool:
+    """Whether all tensors are there, plain, of x's dtype, on its device and shaped as the spec says."""
+    dtype, device, d = x.dtype, x.device, (spec.hidden,)
+    tail_shape = None if tail_bias is None or spec.tail != "layernorm" else d
+    tensors, shapes = (f, *mine, tail_weight, tail_bias), (x.shape, *spec.shapes, d, tail_shape)
+    for t, shape in zip(tensors, shapes, strict=True):
+        if t is None or shape is None:
+            if t is not shape:
+                return False
+        elif type(t) not in _PLAIN or t.dtype is not dtype or t.shape != shape or t.device != device:
+            return False
+    return x.shape[-1:] == d
 
 
 def _kept(spec, tensors, name, keep) -> str:
@@ -78,23 +115,20 @@ def _arranged(spec, tensors):
     return (u, *mine, res1, res2, tail_weight, tail_bias), spec.input != "normalised"
 
 
-def _config(spec, add_x):
-    return add_x, spec.eps, spec.code, float(spec.scale), TAILS[spec.tail], spec.tail_eps, spec.emit == "both"
-
-
 def _eager(spec, tensors, grad, name, keep="sum"):
-    arranged, add_x = _arranged(spec, tensors)
-    config = _config(spec, add_x)
+    arranged, _ = _arranged(spec, tensors)
+    config = spec.config
     if grad:
-        return _Site.apply(*arranged, *config, name, _kept(spec, tensors, name, keep))
+        return _Site.apply(*arranged, (*config, name, _kept(spec, tensors, name, keep)))
     s, n, *_ = run_forward(name, *arranged, *config, False)
     return (s.view(tensors[0].shape) if spec.emit == "both" else None), n.view(tensors[0].shape)
 
 
 def _compiled(spec, tensors, grad, name):
     (u, *mine, res1, res2, tail_weight, tail_bias), add_x = _arranged(spec, tensors)
+    config = add_x, spec.eps, spec.code, float(spec.scale), TAILS[spec.tail], spec.tail_eps, spec.emit == "both"
     flat = [None if t is None else rows(t) for t in (res1, res2)]
-    out = torch.ops.fastpetl.site(rows(u), *mine, *flat, tail_weight, tail_bias, *_config(spec, add_x), grad, name)
+    out = torch.ops.fastpetl.site(rows(u), *mine, *flat, tail_weight, tail_bias, *config, grad, name)
     return (out[0].view(u.shape) if spec.emit == "both" else None), out[1].view(u.shape)
 
 
@@ -104,6 +138,8 @@ def _choose(spec, tensors, grad, composed) -> str:
 
     x = tensors[0]
     names = backends.serving("site", "auto", x.device.type, x.dtype)
+    if len(names) == 1:
+        return "cpp"
     there = tuple([t is not None for t in tensors])
     wanted = tuple([t is not None and t.requires_grad for t in tensors]) if grad else None
     key = (rows_class(x), spec.hidden, spec.bottleneck, spec.code, spec.input, spec.scale != 1, spec.tail, spec.emit)
@@ -115,13 +151,12 @@ class _Site(torch.autograd.Function):
     """The eager door: straight to the launcher."""
 
     @staticmethod
-    def forward(ctx, x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, tail_weight, tail_bias, add_x,
-                eps, code, scale, tail, tail_eps, emit_s, name, keep):  # fmt: skip
+    def forward(ctx, x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, tail_weight, tail_bias, config):
+        *config, name, keep = config  # one argument: each costs time
+        add_x, eps, code, scale, tail, _, emit_s = config
         mine = w_down, b_down, w_up, b_up, norm_weight, norm_bias
         x2 = rows(x)
-        s, n, z, stats, tail_stats = run_forward(
-            name, x2, *mine, res1, res2, tail_weight, tail_bias, add_x, eps, code, scale, tail, tail_eps, emit_s, True
-        )
+        s, n, z, stats, tail_stats = run_forward(name, x2, *mine, res1, res2, tail_weight, tail_bias, *config, True)
         ctx.config = add_x, code, scale, tail, name, keep, eps
         ctx.set_materialize_grads(False)
         # Where s or n is an output, what is saved is that output: autograd then counts it once and sees writes to it.
@@ -140,7 +175,7 @@ class _Site(torch.autograd.Function):
     def backward(ctx, g_s, g_n):
         like = g_s if g_n is None else g_n
         if like is None:
-            return (None,) * 20
+            return (None,) * 12
         s, *saved, one, two, res1, res2 = ctx.saved_tensors
         add_x, code, scale, tail, name, keep, eps = ctx.config
         more = (one, True) if keep == "norm" else ()
@@ -152,7 +187,7 @@ class _Site(torch.autograd.Function):
         out = run_backward(name, g_s, g_n, rows(s), *saved, add_x, code, scale, tail, needs, *more)
         grads = placed(out, needs, ctx.needs_input_grad)
         return (*(g.view(like.shape) if g is not None and i in (0, 7, 8) else g for i, g in enumerate(grads)),
-                *(None,) * 9)  # fmt: skip
+                None)  # fmt: skip
 
 
 def asked(needs_input_grad) -> int:
