@@ -41,9 +41,9 @@ def at_once(spec, x, f, mine, tail_weight, tail_bias, backend, keep):
     """Semantics: as `adapter_residual_norm` without seed and mask, with no more checks than the launch needs; None
     where anything is not as it usually is: the long way then serves, or says what is wrong.
     """
-    if type(spec) is not AdapterSpec or spec.tail is None or spec.placement != "inside" or spec.dropout:
-        return None
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or torch._C._is_any_autocast_enabled():
+        return None  # first of all: Dynamo would guard what it sees of the spec
+    if type(spec) is not AdapterSpec or spec.tail is None or spec.placement != "inside" or spec.dropout:
         return None
     if keep not in KEEPS or spec.input == "normalised" or not _usual(spec, x, f, mine, tail_weight, tail_bias):
         return None
