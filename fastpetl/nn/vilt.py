@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from transformers.activations import GELUActivation
 from transformers.models.vilt import modeling_vilt
 
+from fastpetl._by_torch import by_torch
+from fastpetl.backends import for_op
 from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR, AdaptedLinear
 from fastpetl.nn.adapter import INLINED_ADAPTER, fused_adapter, fused_site
 from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure
 from fastpetl.nn.lora import beside_others, merged_weights
-from fastpetl.nn.parts import drop
+from fastpetl.nn.parts import attend, drop, heads, torch_activated, torch_linear, torch_norm
 from fastpetl.nn.task_layers import fused_routed
 from fastpetl.nn.vilt_das import DASViltLayer, SkipViltEncoder
 
@@ -70,11 +72,30 @@ class _FusedBlock:
         if output_attentions:
             reason = "output_attentions=True: the original forward makes the maps"
         else:
-            reason = call_reason(self, self.structure_of(self), hidden_states)
+            plain = by_torch("linear", self._fastpetl_backend, hidden_states)
+            reason = call_reason(self, self.structure_of(self), hidden_states, plain)
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(hidden_states, attention_mask, output_attentions)
-        return (self._block(hidden_states, attention_mask),)
+        return ((self._by_torch if plain else self._block)(hidden_states, attention_mask),)
+
+    def _by_torch(self, x, attention_mask):
+        """`_block` where torch's own linears serve, as on a GPU: they are called at once."""
+        attention, proj, out, inner = self.attention.attention, self.attention.output, self.output, self.intermediate
+        n = torch_norm(x, self.layernorm_before)
+        qkv = [torch_linear(n, linear) for linear in (attention.query, attention.key, attention.value)]
+        h = _attend_apart(attention, qkv, attention_mask)
+        f = _drop(torch_linear(h, proj.dense), proj.dropout)
+        if self._norm_in_site(x, for_op("linear", self._fastpetl_backend)):
+            x, n = self._normed_site(x, f, self.layernorm_after)
+        else:
+            x = self._site(0, x, f)
+            n = torch_norm(x, self.layernorm_after)
+        if exact_gelu(inner.intermediate_act_fn):
+            h = torch_activated(n, inner.dense, "gelu")
+        else:
+            h = inner.intermediate_act_fn(torch_linear(n, inner.dense))
+        return self._site(1, x, _drop(torch_linear(h, out.dense), out.dropout))
 
     def _packs(self) -> tuple:
         """A cache per linear for its weights in the GEMM's layout: inference only, where memory is at its lowest."""
@@ -91,7 +112,6 @@ class _FusedBlock:
 
     def _block(self, x, attention_mask):
         from fastpetl import ops
-        from fastpetl.backends import for_op
 
         linear = for_op("linear", self._fastpetl_backend)
         packs = self._packs()
@@ -151,8 +171,6 @@ class FusedDASViltLayer(_FusedBlock, DASViltLayer):
     _fastpetl_structures = (_layer_structure(False, **_ADAPTERS), _layer_structure(True, **_ADAPTERS))
 
     def _site(self, index, x, f):
-        from fastpetl.backends import for_op
-
         adapter = self.adapter1 if index else self.adapter0
         return fused_adapter(adapter, x, (x, f), for_op("adapter", self._fastpetl_backend))
 
@@ -169,8 +187,6 @@ class FusedDASViltLayer(_FusedBlock, DASViltLayer):
         return backends.resolve_constant("linear", linear, device, dtype).name == "torch"
 
     def _normed_site(self, x, f, norm):
-        from fastpetl.backends import for_op
-
         return fused_site(self.adapter0, x, f, norm, "both", for_op("adapter", self._fastpetl_backend))
 
 
@@ -197,7 +213,6 @@ class FusedViltPatchEmbeddings(modeling_vilt.ViltPatchEmbeddings):
     def _patches(self, x, conv):
         """Semantics: the convolution's [B, d, H / p, W / q], as a view of [B, H / p, W / q, d]."""
         from fastpetl import ops
-        from fastpetl.backends import for_op
 
         p, q = conv.kernel_size
         batch, channels, height, width = x.shape
@@ -276,6 +291,15 @@ def _attend(attention, qkv: torch.Tensor, mask: torch.Tensor | None, backend: st
     if mask is not None:
         scores = scores + mask
     return (_drop(scores.softmax(-1), dropout) @ v).transpose(1, 2).reshape(batch, tokens, heads * size)
+
+
+def _attend_apart(attention, qkv, mask: torch.Tensor | None) -> torch.Tensor:
+    """Semantics: as `_attend`, by torch, from the three parts."""
+    size, dropout = attention.attention_head_size, attention.dropout
+    q, k, v = (heads(t, size) for t in qkv)
+    if mask is not None and mask.dtype != q.dtype:  # whatever it is, it is added; no -inf by rounding
+        mask = mask.to(q.dtype).clamp(min=torch.finfo(q.dtype).min)
+    return attend(q, k, v, mask, dropout.p if dropout.training else 0.0)
 
 
 # Same names as the originals: accelerate and others match modules by class name. Pickle finds them by __qualname__.
