@@ -20,6 +20,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _COMPILED: dict = {}  # what has been launched before: signature -> the compiled kernel's parts, its constants' values
 RUNTIME = triton.knobs.runtime
 _WORD = 1 << 31
+_TENSOR, _PARAMETER = torch.Tensor, torch.nn.Parameter
 
 
 def launch(kernel, grid, *args, **options):
@@ -33,16 +34,20 @@ def launch(kernel, grid, *args, **options):
         kernel[grid](*args, **options)
         return
     key, low = [id(kernel), torch.cuda.current_device(), *options.values()], 0
+    append = key.append
     for a in args:
         kind = type(a)
-        if kind is float or a is None:
-            key.append(kind)
+        if kind is _TENSOR or kind is _PARAMETER:  # what most are
+            append(a.dtype)
+            low |= a.data_ptr()
+        elif a is None or kind is float:
+            append(kind)
         elif kind is int:
-            key.append((a == 1, a % 16 == 0, -_WORD <= a < _WORD))
+            append((a == 1, a % 16 == 0, -_WORD <= a < _WORD))
         elif kind is tuple:  # tensors of tensors: rare, and of any depth
             low = 1
         else:
-            key.append(a.dtype)
+            append(a.dtype)
             low |= a.data_ptr()
     key = tuple(key)
     found = _COMPILED.get(key)

@@ -38,7 +38,7 @@ def site_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, re
     activation as in adapter_forward, as is what is rounded. b_down, b_up, norm_bias, res1, res2, tail_bias may be None.
     Returns (s, n, z, stats, tail_stats): s unless neither emit_s nor save asks for it; with `save` z [rows, r], the
     pre-activation, and fp32 [rows, 2] (mean, rstd) of x (with norm_weight) and of s (mean 0 for RMSNorm). What is not
-    asked for has no elements. `config` overrides the table's choice (tuning and tests).
+    asked for has no elements, and may be one tensor. `config` overrides the table's choice (tuning and tests).
     """
     name = "site_forward"
     rows, d, r = adapter._sizes(name, x, w_down)
@@ -57,20 +57,16 @@ def site_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, re
             s, None, tail_weight, tail_bias, None, None, tail, residual_norm.NORM, tail_eps, 0.0, save
         )
         return s if emit_s or save else x.new_empty(0), n, z, stats, tail_stats
-    n = torch.empty_like(x)
-    s = torch.empty_like(x) if emit_s or save else x.new_empty(0)
-    z = x.new_empty((rows, r) if save else (0,))
-    stats = x.new_empty((rows, 2) if save and norm_weight is not None else (0,), dtype=torch.float32)
-    tail_stats = x.new_empty((rows, 2) if save else (0,), dtype=torch.float32)
+    n, s, z, stats, tail_stats = _results(x, r, emit_s, save, norm_weight is not None)
     if rows == 0:
         return s, n, z, stats, tail_stats
     with launching.on_device(x):
         down, norm_kind = adapter._down(cfg, w_down, b_down, norm_weight, norm_bias)
-        saved = (t if t.numel() else None for t in (z, stats, tail_stats))
+        saved = z if save else None, stats if save and norm_weight is not None else None, tail_stats if save else None
         grid = (launching.cdiv(rows, cfg.block_m),)
         launching.launch(
             K.site_forward, grid, x, *down, w_up, b_up, res1, res2, tail_weight, tail_bias,
-            s if s.numel() else n, n, *saved, rows, float(eps), float(scale), float(tail_eps),
+            s if emit_s or save else n, n, *saved, rows, float(eps), float(scale), float(tail_eps),
             D=d, R=r, R2=cfg.r2, BK=cfg.block_k, BN=cfg.block_n, ACT=activation, NORM=norm_kind, ADD_X=bool(add_x),
             TAIL=tail, **adapter._tile(cfg),
         )  # fmt: skip
@@ -125,6 +121,19 @@ def site_backward(g_s, g_n, s, tail_stats, tail_weight, x, z, stats, w_down, w_u
         with launching.on_device(x):
             residual_norm._sum_parts(part, *(t if t.numel() else None for t in (dtail_weight, dtail_bias)))
     return (g, *rest, dtail_weight, dtail_bias)
+
+
+def _results(x, r, emit_s, save, norm):
+    """site_forward's (n, s, z, stats, tail_stats), uninitialised; one tensor stands for all that is not asked for: each
+    costs as long as a check.
+    """
+    rows, n = x.shape[0], torch.empty_like(x)
+    s = torch.empty_like(x) if emit_s or save else x.new_empty(0)
+    if not save:
+        nothing = x.new_empty(0) if emit_s else s
+        return n, s, nothing, nothing, nothing
+    stats, tail_stats = (x.new_empty((rows, 2) if there else 0, dtype=torch.float32) for there in (norm, True))
+    return n, s, x.new_empty((rows, r)), stats, tail_stats
 
 
 def _check_tail(function, d, tail, tail_weight):

@@ -14,7 +14,7 @@ from fastpetl.nn.adapter_controller import controller_site
 from fastpetl.nn.bart_adapters import AdapterBartDecoderLayer, AdapterBartEncoderLayer
 from fastpetl.nn.inline import structure
 from fastpetl.nn.lora import LoRALinear, beside_others
-from fastpetl.nn.parts import Fused, activate, cached_keys, drop, exact_gelu, heads, interface
+from fastpetl.nn.parts import Fused, activate, attended, cached_keys, drop, exact_gelu, heads
 from fastpetl.nn.task_layers import routed
 
 _FEED_FORWARD = structure(fc1=nn.Linear, fc2=nn.Linear)
@@ -62,10 +62,8 @@ class FusedBartAttention(Fused, hf.BartAttention):
             return [heads(t, size) for t in both]
 
         k, v = cached_keys(self, past_key_values, source, keys)
-        attend = interface(self, hf.eager_attention_forward)
-        out, weights = attend(
-            self, heads(q, size), k, v, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        default, options = hf.eager_attention_forward, {"dropout": dropout, "scaling": self.scaling, **kwargs}
+        out, weights = attended(self, default, heads(q, size), k, v, attention_mask, **options)
         return self._linear(out.flatten(2), self.out_proj, slot="out"), weights
 
 

@@ -13,7 +13,7 @@ from transformers.models.bert import modeling_bert as hf
 from fastpetl.nn.activations import recognised
 from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR
 from fastpetl.nn.inline import Inlined, structure
-from fastpetl.nn.parts import Fused, cached_keys, exact_gelu, heads, interface
+from fastpetl.nn.parts import Fused, attended, cached_keys, exact_gelu, heads
 from fastpetl.nn.task_layers import fused_routed
 
 PROJECTIONS = structure(query=LORA_LINEAR, key=nn.Linear, value=LORA_LINEAR)
@@ -40,8 +40,8 @@ class SelfAttention(Fused):
         q, k, v = (heads(t, size) for t in qkv)
         if past is not None:
             k, v = cached_keys(self, past, None, lambda: (k, v))
-        attend = interface(self, hf.eager_attention_forward)
-        out, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
+        options = {"dropout": p, "scaling": self.scaling, **kwargs}
+        out, weights = attended(self, hf.eager_attention_forward, q, k, v, attention_mask, **options)
         return out.flatten(2), weights
 
 
@@ -62,8 +62,8 @@ class CrossAttention(Fused):
         q = heads(self._one(x, self.query, "q"), size)
         k, v = cached_keys(self, past_key_values, source, keys)
         p = self.dropout.p if self.training else 0.0
-        attend = interface(self, hf.eager_attention_forward)
-        out, weights = attend(self, q, k, v, attention_mask, dropout=p, scaling=self.scaling, **kwargs)
+        options = {"dropout": p, "scaling": self.scaling, **kwargs}
+        out, weights = attended(self, hf.eager_attention_forward, q, k, v, attention_mask, **options)
         return out.flatten(2), weights
 
 

@@ -9,7 +9,7 @@ from transformers.models.clip import modeling_clip as hf
 from fastpetl._by_torch import norm_by_torch
 from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR
 from fastpetl.nn.inline import structure
-from fastpetl.nn.parts import Fused, exact_gelu, heads, interface, torch_norm
+from fastpetl.nn.parts import Fused, attended, exact_gelu, heads, torch_norm
 from fastpetl.nn.task_layers import fused_routed
 
 PROJECTIONS = structure(q_proj=LORA_LINEAR, k_proj=nn.Linear, v_proj=LORA_LINEAR, out_proj=OUTPUT_LINEAR)
@@ -33,8 +33,8 @@ class FusedCLIPAttention(Fused, hf.CLIPAttention):
         out, qkv = self._own(x, linears, "qkv", self.num_heads, attention_mask, self.scale, fused)
         if out is None:
             q, k, v = (heads(t, self.head_dim) for t in qkv)
-            attend = interface(self, hf.eager_attention_forward)
-            out, weights = attend(self, q, k, v, attention_mask, scaling=self.scale, dropout=dropout, **kwargs)
+            options = {"dropout": dropout, "scaling": self.scale, **kwargs}
+            out, weights = attended(self, hf.eager_attention_forward, q, k, v, attention_mask, **options)
             out = out.flatten(2)
         return self._linear(out, self.out_proj, slot="out"), weights
 

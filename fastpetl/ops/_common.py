@@ -111,10 +111,10 @@ def first_order(op: str):
     def decorate(backward):
         @functools.wraps(backward)
         def wrapped(ctx, *grads):
+            if not torch.is_grad_enabled():  # as nearly always: no context is entered
+                return backward(ctx, *grads)
             with torch.no_grad():
                 out = backward(ctx, *grads)
-            if not torch.is_grad_enabled():
-                return out
             out = out if isinstance(out, tuple) else (out,)
             marked = (None if g is None else g.detach().requires_grad_() for g in out)
             return torch._C._functions.DelayedError(message, len(out))(*marked)
@@ -126,4 +126,9 @@ def first_order(op: str):
 
 def grad_mask(needs_input_grad) -> int:
     """Bit i is set where gradient i is wanted."""
-    return sum(1 << i for i, needed in enumerate(needs_input_grad) if needed)
+    mask, bit = 0, 1
+    for needed in needs_input_grad:
+        if needed:
+            mask |= bit
+        bit <<= 1
+    return mask
