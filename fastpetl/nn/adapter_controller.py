@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from fastpetl.backends import for_op
 from fastpetl.nn import compacter
 from fastpetl.nn.adapter import ACTIVATIONS, site_spec
 from fastpetl.nn.hyperformer import FusedHyperSite
@@ -143,18 +144,15 @@ class FusedAdapterController(AdapterController):
     def forward(self, x: torch.Tensor, task=None) -> torch.Tensor:
         if isinstance(task, tuple | list):
             return self._mixed(x, self._distinct(task))
-        reason = call_reason(self, _norms(self), x) or _adapter_reason(self, task, x)
+        adapter = self.adapter(task)
+        reason = call_reason(self, _norms(self), x) or _adapter_reason(self, task, x, adapter)
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(x, task)
-        from fastpetl.backends import for_op
-
-        return fused_controller(self, x, task, for_op("adapter", self._fastpetl_backend))
+        return fused_controller(self, x, task, for_op("adapter", self._fastpetl_backend), adapter)
 
     def _mixed(self, x, tasks):
         if len(set(tasks)) > 1 and _mixable(self, tasks, x):
-            from fastpetl.backends import for_op
-
             return fused_controller(self, x, tasks, for_op("adapter", self._fastpetl_backend))
         return per_sample(x, tasks, self.forward)  # which says why, should it not be fused
 
@@ -231,12 +229,12 @@ def _bottleneck(adapter) -> int:
     return (down.weight if type(adapter) is TaskAdapter else down.b).shape[0]
 
 
-def fused_controller(controller: AdapterController, x: torch.Tensor, task, backend: str) -> torch.Tensor:
+def fused_controller(controller: AdapterController, x, task, backend: str, adapter=None) -> torch.Tensor:
     """Semantics: the controller's forward from its parameters, without calling its children. task: a name, or several
-    different ones, one for each sample.
+    different ones, one for each sample. adapter: that of the one task, if known.
     """
     post = controller._modules.get("post_layer_norm")
-    h = _adapted(controller, x, task, (x,) if post is None else (), backend)
+    h = _adapted(controller, x, task, (x,) if post is None else (), backend, adapter)
     return (
         h
         if post is None
@@ -244,7 +242,7 @@ def fused_controller(controller: AdapterController, x: torch.Tensor, task, backe
     )
 
 
-def _adapted(controller, x, task, residuals, backend):
+def _adapted(controller, x, task, residuals, backend, adapter=None):
     """Semantics: U_t(pre(x)) + sum(residuals), one op whatever the number of tasks."""
     from fastpetl import ops
 
@@ -253,7 +251,7 @@ def _adapted(controller, x, task, residuals, backend):
     if pre is not None:
         options |= {"norm_weight": pre.weight, "norm_bias": pre.bias, "eps": pre.eps}
     if not isinstance(task, tuple):
-        adapter = controller.adapter(task)
+        adapter = adapter or controller.adapter(task)
         return ops.adapter(x, *_weights(controller, adapter), activation=adapter.activation, **options)
     names = _read(controller, task)
     weights, activation = _stacks(controller, names), controller.adapter(task[0]).activation
@@ -330,7 +328,6 @@ def _site_options(controller, activation, weights, norm) -> dict:
 
 def _mixed_site(controller, x, f, tasks, norm, backend, keep):
     from fastpetl import ops
-    from fastpetl.backends import for_op
 
     if ops.multi_site_serves(f, backend):
         names = tuple(dict.fromkeys(tasks))

@@ -12,6 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from fastpetl._by_torch import by_torch, norm_by_torch
+from fastpetl.backends import for_op
 from fastpetl.nn.adapted import CHILD, AdaptedLinear
 from fastpetl.nn.inline import HOOKS, call_reason, note_fallback, weight_and_bias
 from fastpetl.nn.lora import FusedLoRALinear, beside_others, merged_weights
@@ -79,8 +80,6 @@ class Fused:
         return self._linear(x, linear, slot=slot) if plain else linear(x)
 
     def _op(self, name: str) -> str:
-        from fastpetl.backends import for_op
-
         return for_op(name, self._fastpetl_backend)
 
     def _by_torch(self, op: str, x: torch.Tensor) -> bool:
@@ -210,7 +209,6 @@ def drop(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
 def activate(h: torch.Tensor, activation, p: float, training: bool, backend: str = "auto") -> torch.Tensor:
     """Semantics: drop(activation(h)); a ReLU and what is dropped keep one bit an element for the backward."""
     from fastpetl import ops
-    from fastpetl.backends import for_op
 
     p = p if training else 0.0
     if is_relu(activation):

@@ -7,7 +7,7 @@ from torch import nn
 from transformers.models.t5 import modeling_t5 as hf
 
 from fastpetl._by_torch import norm_by_torch
-from fastpetl.nn.inline import note_fallback, structure, tensor_reason
+from fastpetl.nn.inline import around_reason, note_fallback, structure, tensor_reason
 from fastpetl.nn.lora import LoRALinear, beside_others
 from fastpetl.nn.parts import Fused, activate, cached_keys, drop, heads, inlined, interface
 
@@ -87,15 +87,16 @@ class FusedT5LayerNorm(Fused, hf.T5LayerNorm):
     """T5LayerNorm in one pass, the statistics in fp32. Made by `fastpetl.patch`, never constructed."""
 
     def forward(self, hidden_states):
-        x = hidden_states
+        x, weight = hidden_states, self._parameters.get("weight")
+        plain = type(weight) is nn.Parameter and weight.dtype is x.dtype
+        if plain and norm_by_torch(self._fastpetl_backend, x) and around_reason(x) is None:
+            return torch.rms_norm(x, x.shape[-1:], weight, self.variance_epsilon)
         if self._declines({}, x):
             return super().forward(x)
         reason = tensor_reason(self.weight, x.dtype, x.device)
         if reason is not None:
             note_fallback(self, f"weight {reason}")
             return super().forward(x)
-        if norm_by_torch(self._fastpetl_backend, x):
-            return torch.rms_norm(x, x.shape[-1:], self.weight, self.variance_epsilon)
         from fastpetl import ops
 
         eps, backend = self.variance_epsilon, self._op("residual_norm")

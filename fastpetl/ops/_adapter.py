@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from .. import backends
 from ..spec import ACTIVATIONS
 from . import _cuda
-from ._common import dense, rows, wide
+from ._common import all_dense, dense, rows, wide
 
 ACT = {
     0: lambda z: z,
@@ -44,8 +44,8 @@ def _launchers(name: str):
 
 def run_forward(name, x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, add_x, eps, code, scale, save):
     """Semantics: (y [rows, d], z [rows, r], stats [rows, 2]) by backend `name`; z and stats are empty unless save."""
-    parameters = [dense(t) for t in (w_down, b_down, w_up, b_up, norm_weight, norm_bias)]
-    x, res1, res2 = (None if t is None else rows(t) for t in (x, res1, res2))
+    parameters = all_dense(w_down, b_down, w_up, b_up, norm_weight, norm_bias)
+    x, res1, res2 = rows(x), None if res1 is None else rows(res1), None if res2 is None else rows(res2)
     if x.shape[0] == 0:
         return torch.empty_like(x), *_saved(x, w_down.shape[0], norm_weight, save)
     name = backends.of_size("adapter", name, x, w_down.shape[0])

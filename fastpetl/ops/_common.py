@@ -24,6 +24,16 @@ def fits(t, shape, x) -> bool:
     return type(t) in _PLAIN and t.shape == shape and t.dtype is x.dtype and t.device == x.device
 
 
+def alike(x, tensors, shapes) -> bool:
+    """Whether each of the tensors is None, or plain, of x's dtype, on its device and of its shape."""
+    dtype, device = x.dtype, x.device
+    for t, shape in zip(tensors, shapes, strict=True):
+        if t is None or type(t) in _PLAIN and t.dtype is dtype and t.shape == shape and t.device == device:
+            continue
+        return False
+    return True
+
+
 def check_like(function: str, name: str, t, shape, why: str, x, x_name: str = "x", dtype=None) -> None:
     """t must have `shape`, x's device and `dtype` (by default x's); `why` says where the shape comes from."""
     if not isinstance(t, torch.Tensor):
@@ -74,6 +84,11 @@ def rows(x):
 
 def dense(t):
     return t if t is None or t.is_contiguous() else t.contiguous()
+
+
+def all_dense(*tensors) -> list:
+    """`dense` of each, without a call for each."""
+    return [t if t is None or t.is_contiguous() else t.contiguous() for t in tensors]
 
 
 def unflatten(y, shape):

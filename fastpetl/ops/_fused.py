@@ -7,7 +7,7 @@ import torch
 from .. import backends
 from ..spec import TAILS, AdapterSpec
 from ._adapter import run_forward as adapter_forward
-from ._common import _PLAIN, autocast_dtype, first_order, grad_mask, needs_grad, rows, through_dispatcher, unflatten
+from ._common import alike, autocast_dtype, first_order, grad_mask, needs_grad, rows, through_dispatcher, unflatten
 from ._measured import choose, rows_class
 from ._site import run_backward, run_forward
 
@@ -62,16 +62,13 @@ def at_once(spec, x, f, mine, tail_weight, tail_bias, backend, keep):
 
 def _usual(spec, x, f, mine, tail_weight, tail_bias) -> bool:
     """Whether all tensors are there, plain, of x's dtype, on its device and shaped as the spec says."""
-    dtype, device, d = x.dtype, x.device, (spec.hidden,)
-    tail_shape = None if tail_bias is None or spec.tail != "layernorm" else d
-    tensors, shapes = (f, *mine, tail_weight, tail_bias), (x.shape, *spec.shapes, d, tail_shape)
-    for t, shape in zip(tensors, shapes, strict=True):
-        if t is None or shape is None:
-            if t is not shape:
-                return False
-        elif type(t) not in _PLAIN or t.dtype is not dtype or t.shape != shape or t.device != device:
+    d = (spec.hidden,)
+    if x.shape[-1:] != d or f is None or tail_weight is None or (tail_bias is not None and spec.tail != "layernorm"):
+        return False
+    for t, shape in zip(mine, spec.shapes, strict=True):
+        if (t is None) != (shape is None):
             return False
-    return x.shape[-1:] == d
+    return alike(x, (f, *mine, tail_weight, tail_bias), (x.shape, *spec.shapes, d, d))
 
 
 def _kept(spec, tensors, name, keep) -> str:

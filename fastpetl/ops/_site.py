@@ -11,7 +11,7 @@ import torch
 
 from .. import backends
 from . import _adapter, _cuda, _residual_norm
-from ._common import dense, rows, wide
+from ._common import all_dense, dense, rows, wide
 
 ADAPTER = (1 << 7) - 1  # the bits of `needs` that ask for the adapter's gradients, as in adapter_backward
 TAIL_WEIGHT, TAIL_BIAS = 1 << 7, 1 << 8
@@ -40,15 +40,16 @@ def run_forward(name, x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res
     pre-activation, stats [rows, 2] fp32 (mean, rstd) of x, only with norm_weight, and tail_stats [rows, 2] those of s
     (mean 0 for RMSNorm): empty unless save. Launchers get dense tensors of one dtype and rows > 0.
     """
-    x, res1, res2 = (None if t is None else rows(t) for t in (x, res1, res2))
+    x, res1, res2 = rows(x), None if res1 is None else rows(res1), None if res2 is None else rows(res2)
     if x.shape[0] == 0:
         return empty(x, w_down.shape[0], norm_weight, emit_s, save)
-    parameters = [dense(t) for t in (w_down, b_down, w_up, b_up, norm_weight, norm_bias)]
-    tails = dense(tail_weight), dense(tail_bias)
+    *parameters, tail_weight, tail_bias = all_dense(
+        w_down, b_down, w_up, b_up, norm_weight, norm_bias, tail_weight, tail_bias
+    )
     name = backends.of_size("site", name, x, w_down.shape[0])
     return tuple(
         _launchers(name)[0](
-            x, *parameters, res1, res2, *tails, add_x, eps, code, scale, tail, tail_eps, emit_s, save
+            x, *parameters, res1, res2, tail_weight, tail_bias, add_x, eps, code, scale, tail, tail_eps, emit_s, save
         )
     )  # fmt: skip
 

@@ -9,6 +9,8 @@ from .. import backends
 from ..spec import activation_code
 from ._adapter import ACT, run_backward, run_forward
 from ._common import (
+    _PLAIN,
+    alike,
     autocast_dtype,
     cast,
     check_input,
@@ -59,6 +61,11 @@ def adapter(
     (`fastpetl.backends.tuned()`; FASTPETL_TUNE=0 turns it off).
     """
     code = activation_code(activation)
+    mine = x, w_down, b_down, w_up, b_up, norm_weight, norm_bias
+    res = _usual(*mine, residuals)
+    if res is not None and type(eps) is float and type(scale) is float:
+        add_x, fused = res
+        return _call((*mine, *fused, *_NONE[len(fused) :]), add_x, eps, code, scale, backend)
     eps, scale = number("adapter", "eps", eps), number("adapter", "scale", scale)
     residuals = _residuals(residuals)
     stream = x
@@ -92,6 +99,33 @@ def adapter(
     for r in late:
         y = y + r
     return y
+
+
+_NONE = (None, None)
+
+
+def _usual(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, residuals):
+    """(is x a residual, the others), or None where not all is plain, of one dtype, on one device and shaped as it
+    should be: what it is, `adapter` then asks piece by piece.
+    """
+    if torch.compiler.is_compiling() or type(x) is not torch.Tensor or torch._C._is_any_autocast_enabled():
+        return None
+    if type(w_down) not in _PLAIN or w_down.dim() != 2 or type(residuals) is not tuple or not x.is_floating_point():
+        return None
+    d, r = x.shape[-1:], w_down.shape[0]
+    if not d or not r or w_up is None or (norm_weight is None) != (norm_bias is None):
+        return None
+    add_x, fused = False, []
+    for t in residuals:
+        if t is x and not add_x:
+            add_x = True
+        elif t is None:
+            return None
+        else:
+            fused.append(t)
+    mine = w_down, w_up, b_down, b_up, norm_weight, norm_bias
+    shapes = (r, *d), (*d, r), (r,), d, d, d, *(x.shape,) * len(fused)
+    return (add_x, fused) if len(fused) <= 2 and alike(x, (*mine, *fused), shapes) else None
 
 
 def _residuals(residuals) -> tuple:
@@ -170,7 +204,10 @@ def _choose(tensors, add_x, eps, code, scale, grad) -> str:
             return _Adapter.apply(*tensors, add_x, eps, code, scale, name)
         return run_forward(name, *tensors, add_x, eps, code, scale, False)[0]
 
-    names = steady("adapter", backends.serving("adapter", "auto", x.device.type, x.dtype), x.numel() // x.shape[-1])
+    names = backends.serving("adapter", "auto", x.device.type, x.dtype)
+    if len(names) == 1:
+        return "cpp"
+    names = steady("adapter", names, x.numel() // x.shape[-1])
     there = tuple([t is not None for t in tensors[2:]])
     wanted = tuple([t is not None and t.requires_grad for t in tensors]) if grad else None
     key = (rows_class(x), w_down.shape, code, add_x, scale != 1, there, wanted)
