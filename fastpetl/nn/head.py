@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from fastpetl._by_torch import by_torch
+from fastpetl.backends import for_op
 from fastpetl.nn.inline import call_reason, note_fallback, tensor_reason
 
 
@@ -16,6 +18,8 @@ class FusedHead(nn.Linear):
     _fastpetl_fallback = None
 
     def forward(self, x):
+        if by_torch("linear", self._fastpetl_backend, x):
+            return super().forward(x)
         from fastpetl.ops._common import needs_grad
 
         weight, bias = self.weight, self.bias
@@ -26,7 +30,6 @@ class FusedHead(nn.Linear):
             note_fallback(self, reason)
             return super().forward(x)
         from fastpetl import ops
-        from fastpetl.backends import for_op
 
         biases = None if bias is None else (bias,)
         return ops.linear(x, (weight,), biases, backend=for_op("linear", self._fastpetl_backend))
