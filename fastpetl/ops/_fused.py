@@ -43,9 +43,7 @@ def at_once(spec, x, f, mine, tail_weight, tail_bias, backend, keep):
     """
     if torch.compiler.is_compiling() or type(x) is not torch.Tensor or torch._C._is_any_autocast_enabled():
         return None  # first of all: Dynamo would guard what it sees of the spec
-    if type(spec) is not AdapterSpec or spec.tail is None or spec.placement != "inside" or spec.dropout:
-        return None
-    if keep not in KEEPS or spec.input == "normalised" or not _usual(spec, x, f, mine, tail_weight, tail_bias):
+    if type(spec) is not AdapterSpec or spec.tail is None or spec.placement != "inside" or spec.dropout or not x.dim():
         return None
     device, dtype = x.device.type, x.dtype
     name = backends.if_served("site", backend, device, dtype)
@@ -53,7 +51,9 @@ def at_once(spec, x, f, mine, tail_weight, tail_bias, backend, keep):
         if name == "cpp" and dtype == torch.float32 and len(backends.serving("site", backend, device, dtype)) > 1:
             return None  # to be measured
         name = backends.of_size("site", name, x, spec.bottleneck)
-    if name in (None, "composed"):
+    if name in (None, "composed") or keep not in KEEPS or spec.input == "normalised":
+        return None
+    if not _usual(spec, x, f, mine, tail_weight, tail_bias):
         return None
     tensors = (x, f, None, *mine, tail_weight, tail_bias)
     s, n = _eager(spec, tensors, needs_grad(*tensors), name, keep)
