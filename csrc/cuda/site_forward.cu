@@ -2,8 +2,8 @@
 // of rows. The bottleneck never leaves the SM; what is read of the stream is read from memory once and then from cache.
 //
 // fp16 and bf16 use tensor cores (mma.sync, ldmatrix, cp.async: sm_80 and newer), fp32 uses FMA, one source for all.
-// Two to three times slower than Triton's on an H100 (benchmarks/results):
-// backend="auto" therefore takes it only where fastpetl/tuned.json, made on that GPU, says so.
+// Many rows of two bytes a number go to resident_forward.cu. Both are slower than Triton's on an H100 and an H200
+// (benchmarks/results): backend="auto" therefore takes them only where fastpetl/tuned.json, made on that GPU, says so.
 #include <initializer_list>
 
 #include "cuda/fastpetl_cuda.h"
