@@ -169,11 +169,18 @@ def project_down(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, rm, mm, r0,
             if beta_ptr is not None:
                 n += load_vector(beta_ptr, rd, D, EVEN)[None, :]
             x = n.to(DT)
-        if NORM == 2:
-            mean, m2 = merge_statistics(x.to(tl.float32), rd, d0, mean, m2, D, BK, EVEN)
         z1 = tl.dot(x, load_weight(wd_ptr, rd, q1, D, R, 1, D, EVEN, NE1), z1, input_precision="ieee")
         if R2 > 0:
             z2 = tl.dot(x, load_weight(wd_ptr, rd, q2, D, R, 1, D, EVEN, NE2), z2, input_precision="ieee")
+        if NORM == 2:
+            mean, m2 = merge_statistics(x.to(tl.float32), rd, d0, mean, m2, D, BK, EVEN)
+            # Triton (to 3.9) gives a tile that goes to registers and to an asynchronous dot one buffer too few (issue
+            # 6691): on Hopper the copy of a later tile would meet a dot that still reads. Looking at the sums waits
+            # for the dot; rows that do not exist have zeros there anyway.
+            if tl.target_info.cuda_capability_geq(9, 0) and not tl.target_info.cuda_capability_geq(10, 0):
+                z1 = tl.where(mm[:, None], z1, 0.0)
+                if R2 > 0:
+                    z2 = tl.where(mm[:, None], z2, 0.0)
     if NORM == 2:
         rstd = tl.rsqrt(m2 / D + eps)
     z1 = finish_z(z1, mean, rstd, bd_ptr, ws_ptr, q1, R, NE1, NORM)

@@ -50,6 +50,8 @@ def complaints(report):
             yield f"too much shared memory: {where}"
         if k["stack"] + k["local"] > SPILL_LIMIT:
             yield f"spills registers: {where}"
+        if k["refilled"]:
+            yield f"a dot's tile is overwritten while it reads: {where}"
         if k["kernel"] in SITE and not k["barriers"]:
             yield f"no barrier: {where}"
         multiplies = TASK_PRODUCTS if k["op"] == "multi_adapter" else PRODUCTS
@@ -105,6 +107,7 @@ def test_what_counts_as_a_complaint():
         shared=1,
         stack=0,
         local=0,
+        refilled=0,
         instructions={"HMMA": 1},
     )
     site = good | dict(kernel="site_forward", barriers=1)
@@ -113,6 +116,7 @@ def test_what_counts_as_a_complaint():
         "no barrier": site | dict(barriers=0),
         "too much shared memory": dict(shared=166_913),
         "spills registers": dict(stack=72),
+        "a dot's tile is overwritten": dict(refilled=1),
         "no tensor-core instruction": dict(instructions={"FFMA": 100}),
     }.items():
         (found,) = complaints([good | change])
