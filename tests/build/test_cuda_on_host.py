@@ -58,6 +58,18 @@ def test_only_the_norm_is_emitted(kernels, warps_m):
     assert alone.keys() == {"n"} and torch.equal(alone["n"], both["n"])
 
 
+def test_fp32_sums_are_short(kernels):
+    """One row, whose products torch sums as a tree on a GPU; 760 terms one after the other have an error of 3e-7."""
+    t = operands(1, 760, 100, torch.float32, (*NO_NORM, *NO_RES, "b_down"))
+    z = ck.site_forward(kernels, t)["z"]
+    grad = {k: t[k] for k in ("x", "w_down", "w_up")} | {"z": z, "g_s": torch.randn(1, 760)}
+    dz = ck.site_backward(kernels, grad, activation=0)["dz"]
+    t |= {"g_s": grad["g_s"]}
+    for got, (left, right) in ((z, ("x", "w_down")), (dz, ("g_s", "w_up"))):
+        exact = t[left].double() @ (t[right].double().t() if right == "w_down" else t[right].double())
+        assert (got - exact).norm() <= 2 * torch.finfo(torch.float32).eps * exact.norm()
+
+
 def test_a_large_mean_does_not_eat_the_variance(kernels):
     t = operands(4, 64, 16, torch.float32, NO_RES, offset=3e3)
     got = ck.site_forward(kernels, t, tail=1, eps=1e-5)
