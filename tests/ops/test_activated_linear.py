@@ -14,7 +14,7 @@ def make(rows, k, m, dtype=torch.float32, bias=True, seed=0):
     g = torch.Generator().manual_seed(seed)
 
     def draw(*shape, scale=1.0):
-        return (torch.randn(shape, generator=g, dtype=torch.float64) * scale).to(dtype)
+        return (torch.randn(shape, generator=g, dtype=torch.float64, device="cpu") * scale).to(dtype)
 
     x, w, b = draw(rows, k), draw(m, k, scale=k**-0.5), draw(m)
     return [x, w, b if bias else None]
