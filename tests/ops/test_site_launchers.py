@@ -72,6 +72,11 @@ def launch_back(name, a, site, saved, g_s, g_n, needs):
     )  # fmt: skip
 
 
+def nearly(p, q) -> bool:
+    """Equal but for the order of fp32 sums, measured by the largest element: a sum may cancel to a small one."""
+    return bool((p - q).abs().max() <= 3e-6 * q.abs().max())
+
+
 def every(a) -> int:
     return sum(1 << i for i, k in enumerate(PARAMETERS) if a[k] is not None)
 
@@ -151,7 +156,7 @@ def test_only_what_is_asked_for(label):
             some = launch_back(name, a, "vilt", both, g_s, g_n, needs)
             # Where no product of the adapter's is needed (db_up is a sum of g), another kernel may compute g: equal but
             # for the order of a row's sums. On a GPU each subset is a kernel of its own, contracted in its own way.
-            same = torch.equal if needs & 0b1101111 and DEVICE == "cpu" else torch.allclose
+            same = torch.equal if needs & 0b1101111 and DEVICE == "cpu" else nearly
             assert same(some[0], full[0])
             for i, (part, whole) in enumerate(zip(some[1:], full[1:], strict=True)):
                 assert same(part, whole) if needs >> i & 1 else part.numel() == 0, (needs, PARAMETERS[i])
