@@ -116,7 +116,8 @@ def check(t, ids, tasks, activation=3, add_x=True, residual=True, scale=0.7):
 
 
 def draw_ids(n, tasks, absent=None):
-    ids = torch.randint(0, tasks, (n,))
+    """Each task is there, where there are as many samples, but the absent one."""
+    ids = torch.cat([torch.arange(tasks), torch.randint(0, tasks, (n,))])[:n][torch.randperm(n)]
     if absent is not None:
         ids[ids == absent] = (absent + 1) % tasks
     return ids.to(DEVICE)
