@@ -1,6 +1,6 @@
 """The Triton adapter against float64, in Triton's interpreter (on a GPU machine: the compiled kernels).
 
-Few, large tiles: a program costs the interpreter 30 to 60 ms, whatever its size.
+Few, large tiles: a program costs the interpreter 30 to 60 ms, whatever its size. On a GPU they would not fit.
 """
 
 import itertools
@@ -42,8 +42,9 @@ def poisoned():
 @pytest.fixture
 def few_programs(monkeypatch):
     """The two small kernels, whose tiles suit a GPU, with tiles that suit the interpreter."""
-    monkeypatch.setattr(adapter_config, "FOLD_TILE", (32, 256))
-    monkeypatch.setattr(adapter_config, "WEIGHT_GRADS_TILE", (256, 128))
+    if adapter.INTERPRETED:
+        monkeypatch.setattr(adapter_config, "FOLD_TILE", (32, 256))
+        monkeypatch.setattr(adapter_config, "WEIGHT_GRADS_TILE", (256, 128))
 
 
 def formula(t, res1, res2, add_x, eps, activation, scale):
@@ -119,8 +120,8 @@ def check(t, residuals=1, add_x=True, activation=3, scale=0.7, ln_eps=1e-5, conf
 
 
 def tile(d, r, split=False, fold=True, r1=None, r2=0, block_m=64, block=256):
-    block = min(block, adapter_config.power_of_two(d))
-    return Config(split, block_m, block, block, r1 or adapter_config.power_of_two(r), r2, 4, 2, fold)
+    block = min(block if adapter.INTERPRETED else 32, adapter_config.power_of_two(d))
+    return Config(split, block_m, block, block, r1 or adapter_config.power_of_two(r), r2, 8, 2, fold)
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -162,6 +163,7 @@ PARTS = [
 ]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("activation,norm,bias", PARTS)
 def test_activations_and_optional_parts(activation, norm, bias):
     """Both LayerNorm forms, no norm, no biases, 0 to 2 residuals, with and without x, in each activation."""
@@ -196,6 +198,7 @@ def test_no_rows(dtype):
     assert all((g == 0).all() for g in got)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("split", (False, True))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_only_needed_gradients(split, dtype):

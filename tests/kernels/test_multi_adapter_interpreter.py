@@ -34,7 +34,8 @@ def poisoned():
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """Tiles that suit the interpreter, where a program costs the same whatever its size."""
-    monkeypatch.setattr(multi_adapter.adapter_config, "WEIGHT_GRADS_TILE", (64, 128))
+    if multi_adapter.launching.INTERPRETED:
+        monkeypatch.setattr(multi_adapter.adapter_config, "WEIGHT_GRADS_TILE", (64, 128))
 
 
 def make(rows, d, r, tasks, dtype, shared=(), norm=True, bias=True):
@@ -133,6 +134,7 @@ def test_each_row_goes_through_its_task(samples, unit, d, r, tasks, dtype):
         assert not g[1].any() and g[0 if tasks == 2 else -1].any(), name
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("shared", [("w_down", "b_down"), ("w_up", "b_up"), NAMES[5:], NAMES[1:]], ids=lambda s: s[0])
 def test_shared_by_all_tasks(shared, dtype):
@@ -144,6 +146,7 @@ def test_one_task_is_the_adapter():
     check(make(21, 40, 12, 1, torch.float32), draw_ids(21, 1), 1)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("norm,bias", [(False, False), (False, True), (True, False)])
 @pytest.mark.parametrize("activation", [0, 1, 4])
 def test_optional_parts(activation, norm, bias):
