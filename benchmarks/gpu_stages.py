@@ -78,21 +78,26 @@ def build(limit):
 
 
 def tests(limit):
-    """The op tests that have a backend for the GPU, on its tensors."""
+    """The op tests that have a backend for the GPU, on its tensors, and the kernels' own but for their grids."""
     if not gpu():
         return run([sys.executable, "-m", "pytest", "-q", "tests/ops/test_errors.py"], limit)
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-p", "no:benchmark", "-m", "not slow and not grid"]
     command += ["-k", "triton or cuda or interpreter"]
     command += ["tests/ops", "tests/kernels", "--ignore=tests/kernels/test_aot.py"]
     if importlib.util.find_spec("xdist"):
         command += ["-n", str(max(1, (os.cpu_count() or 2) - 4))]
-    found = run(command, limit - 5, keep=10**8, FASTPETL_TEST_DEVICE="cuda")
-    lines = found["tail"].splitlines()
-    passed, failed = (sum(word in line for line in lines) for word in (" PASSED ", " FAILED "))
-    told = [line for line in lines if " FAILED " in line or line.startswith(("E ", "/")) or "rror" in line]
-    found["tail"] = "\n".join([f"passed {passed}, failed {failed}", *told[:60], *lines[-15:]])
+    found = run(command, limit - 5, keep=10**8, FASTPETL_TEST_DEVICE="cuda", FASTPETL_TEST_WHY="1")
+    found["tail"] = reasons(found["tail"])
     print(found["tail"])
     return found
+
+
+def reasons(text: str) -> str:
+    """Semantics: what pytest -v printed, shortened: how many passed and failed, why each failed (tests/conftest.py
+    prints that at once, so that it is there when the run is cut off), the last lines."""
+    lines = text.splitlines()
+    passed, why = sum(" PASSED" in line for line in lines), [line for line in lines if line.startswith("WHY ")]
+    return "\n".join([f"passed {passed}, failed {len(why)}", *why[:60], *lines[-15:]])
 
 
 def checks(limit):

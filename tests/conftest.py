@@ -38,6 +38,26 @@ if os.environ.get("TRITON_INTERPRET") == "1" and all(map(importlib.util.find_spe
     import interp_patch  # noqa: E402, F401  (corrects the interpreter's bf16)
 
 
+class Why:
+    """`WHY test: the error's first line` as soon as a test fails: a run that is cut off has said why."""
+
+    def __init__(self, terminal):
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            error = str(crash.message if crash else report.longrepr).strip().splitlines() or [""]
+            self.terminal.write_line(f"\nWHY {report.nodeid}: {error[0][:300]}", flush=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    terminal = config.pluginmanager.get_plugin("terminalreporter")  # pytest-xdist's workers have none
+    if os.environ.get("FASTPETL_TEST_WHY") and terminal:
+        config.pluginmanager.register(Why(terminal))
+
+
 def what_is_there_stays():
     gc.collect()
     gc.freeze()

@@ -1,6 +1,7 @@
 """The GPU suite runs to its end where there is no GPU, writes what it found and says that it means nothing."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,32 @@ def test_a_stage_out_of_time_is_a_line_not_the_end(tmp_path):
     done = suite(tmp_path, "--minutes", "0.01")
     assert done.returncode == 1 and "not run: out of time" in done.stdout
     assert len(list(tmp_path.glob("*.md"))) == 1
+
+
+def test_op_tests_that_are_cut_off_have_said_why(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(SUITE.parent))
+    import gpu_stages
+
+    tests = "import os\ndef test_one():\n    assert 1 == 2, 'not\\nequal'\n"
+    (tmp_path / "test_them.py").write_text(tests + "def test_two(): pass\ndef test_three(): os._exit(9)\n")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "conftest",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        tmp_path,
+        tmp_path,
+    ]
+    path = os.pathsep.join((str(Path(__file__).parent), *sys.path))
+    found = gpu_stages.run(command, 100, keep=10**8, FASTPETL_TEST_WHY="1", PYTHONPATH=path)
+    first, second, *_ = gpu_stages.reasons(found["tail"]).splitlines()
+    assert not found["ok"] and first == "passed 1, failed 1"
+    assert second == "WHY test_them.py::test_one: AssertionError: not"
 
 
 @pytest.mark.slow  # those above stay: the driver, a process for each stage, both files, models
