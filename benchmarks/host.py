@@ -14,10 +14,13 @@ import argparse
 import copy
 import os
 import statistics
+import sys
 import time
+from pathlib import Path
 
 os.environ["FASTPETL_BACKEND"] = "cpp"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from transformers import ViltConfig, ViltForQuestionAnswering

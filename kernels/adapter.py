@@ -232,7 +232,7 @@ def _sizes(function: str, x, w_down):
 
 def _check(function: str, x, tensors):
     dtype, device = x.dtype, x.device
-    for name, t, shape in tensors:
+    for name, t, shape in tensors:  # what check_tensor asks first, without a call for each
         if t is None or t.shape == shape and t.dtype is dtype and t.device == device and t.is_contiguous():
             continue
         launching.check_tensor(function, name, t, shape, dtype, device, "x and w_down")

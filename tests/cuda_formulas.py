@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+import cuda_kernels as ck
+
 ACTIVATIONS = [lambda z: z, F.relu, F.gelu, lambda z: F.gelu(z, approximate="tanh"), F.silu]
 EPS = dict(eps=1e-3, tail_eps=1e-4)
 NO_NORM, NO_RES = ("norm_weight", "norm_bias"), ("res1", "res2")
@@ -50,3 +52,17 @@ def check_stats(got, x, eps, rms=False):
     mean = torch.zeros(len(x)).double() if rms else x.mean(1)
     expected = torch.stack([mean, ((x - mean[:, None]).square().mean(1) + eps).rsqrt()], 1)
     torch.testing.assert_close(got.double(), expected, atol=4e-6, rtol=1e-5)
+
+
+def check_forward(kernels, rows, d, r, dtype, drop, tail, warps_m):
+    """The forward on random operands, all that it gives."""
+    t = operands(rows, d, r, dtype, drop)
+    options = dict(activation=2, scale=0.7, tail=tail, **EPS)
+    got = ck.site_forward(kernels, t, warps_m=warps_m, **options)
+    exact, torchs = reference(t, **options), reference(t, **options, dtype=dtype)
+    for name in exact:
+        check(got[name], exact[name], torchs[name])
+    if "norm_weight" in t:
+        check_stats(got["stats"], t["x"], 1e-3)
+    if tail:
+        check_stats(got["tail_stats"], got["s"], 1e-4, tail == 2)

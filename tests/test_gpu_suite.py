@@ -56,19 +56,7 @@ def test_op_tests_that_are_cut_off_have_said_why(monkeypatch, tmp_path):
 
     tests = "import os\ndef test_one():\n    assert 1 == 2, 'not\\nequal'\n"
     (tmp_path / "test_them.py").write_text(tests + "def test_two(): pass\ndef test_three(): os._exit(9)\n")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-v",
-        "-p",
-        "conftest",
-        "-c",
-        os.devnull,
-        "--rootdir",
-        tmp_path,
-        tmp_path,
-    ]
+    command = [sys.executable, *"-m pytest -v -p conftest -c".split(), os.devnull, "--rootdir", tmp_path, tmp_path]
     path = os.pathsep.join((str(Path(__file__).parent), *sys.path))
     found = gpu_stages.run(command, 100, keep=10**8, FASTPETL_TEST_WHY="1", PYTHONPATH=path)
     first, second, *_ = gpu_stages.reasons(found["tail"]).splitlines()

@@ -123,7 +123,8 @@ struct Rows {
   __device__ void down(float (&acc)[4 * G][4], const Moments (&own)[2], Weights<G, W>& weights) const {
     const void* residual = thread < 2 ? a.res1 : a.res2;
     const uint16_t* ahead = nullptr;
-    if (residual && (thread % 2 ? valid[1] : valid[0])) ahead = static_cast<const uint16_t*>(residual) + (row + 8 * (thread % 2)) * a.d;
+    if (residual && (thread % 2 ? valid[1] : valid[0]))
+      ahead = static_cast<const uint16_t*>(residual) + (row + 8 * (thread % 2)) * a.d;
     Eight weight = vector(a.norm_weight, 0), bias = vector(a.norm_bias, 0);
     for (int c = 0; c < chunks; ++c) {
       Eight x[2] = {eight(here(c, 0)), eight(here(c, 1))};
@@ -209,27 +210,21 @@ struct Rows {
       for (int e = 0; e < 8; ++e) m[h].add(v[e]);
     }
   }
+  __device__ static void add_to(float (&y)[8], const Eight& more) {
+    float v[8];
+    widen<T>(more, v);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) y[e] += v[e];
+  }
   __device__ Eight sum(const float (&acc)[4][4], int h, const Eight& bias, const Eight& x, const Eight& r1,
                        const Eight& r2) const {
     float y[8], v[8];
     widen<T>(bias, v);
 #pragma unroll
     for (int e = 0; e < 8; ++e) y[e] = a.scale * acc[e / 2][2 * h + e % 2] + a.scale * v[e];
-    if (a.add_x) {
-      widen<T>(x, v);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) y[e] += v[e];
-    }
-    if (a.res1) {
-      widen<T>(r1, v);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) y[e] += v[e];
-    }
-    if (a.res2) {
-      widen<T>(r2, v);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) y[e] += v[e];
-    }
+    if (a.add_x) add_to(y, x);
+    if (a.res1) add_to(y, r1);
+    if (a.res2) add_to(y, r2);
     return narrow<T>(y);
   }
 

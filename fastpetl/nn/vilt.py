@@ -77,9 +77,9 @@ class _FusedBlock:
         if reason is not None:
             note_fallback(self, reason)
             return super().forward(hidden_states, attention_mask, output_attentions)
-        return ((self._by_torch if plain else self._block)(hidden_states, attention_mask),)
+        return ((self._block_by_torch if plain else self._block)(hidden_states, attention_mask),)
 
-    def _by_torch(self, x, attention_mask):
+    def _block_by_torch(self, x, attention_mask):
         """`_block` where torch's own linears serve, as on a GPU: they are called at once."""
         attention, proj, out, inner = self.attention.attention, self.attention.output, self.output, self.intermediate
         n = torch_norm(x, self.layernorm_before)

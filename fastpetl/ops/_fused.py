@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ..spec import TAILS, AdapterSpec
+from ..spec import AdapterSpec
 from ._adapter import run_forward as adapter_forward
 from ._common import alike, autocast_dtype, first_order, grad_mask, needs_grad, rows, through_dispatcher, unflatten
 from ._measured import choose, rows_class
@@ -47,10 +47,9 @@ def at_once(spec, x, f, mine, tail_weight, tail_bias, backend, keep):
         return None
     device, dtype = x.device.type, x.dtype
     name = backends.if_served("site", backend, device, dtype)
-    if backend == "auto":
-        if name == "cpp" and dtype == torch.float32 and len(backends.serving("site", backend, device, dtype)) > 1:
+    if backend == "auto" and name == "cpp" and dtype == torch.float32:
+        if len(backends.serving("site", backend, device, dtype)) > 1:
             return None  # to be measured
-        name = backends.of_size("site", name, x, spec.bottleneck)
     if name in (None, "composed") or keep not in KEEPS or spec.input == "normalised":
         return None
     if not _usual(spec, x, f, mine, tail_weight, tail_bias):
@@ -101,7 +100,7 @@ def _like(t, shape, x) -> bool:
 
 
 def _arranged(spec, tensors):
-    """(the launcher's eleven tensors, add_x): what the adapter reads, its parameters, what is added, the tail's."""
+    """The launcher's eleven tensors: what the adapter reads, its parameters, what is added, the tail's."""
     x, f, normed, *mine, tail_weight, tail_bias = tensors
     if spec.input == "residual":
         u, res1, res2 = x, f, None
@@ -109,11 +108,11 @@ def _arranged(spec, tensors):
         u, res1, res2 = f, x, None
     else:
         u, res1, res2 = normed, x, f
-    return (u, *mine, res1, res2, tail_weight, tail_bias), spec.input != "normalised"
+    return u, *mine, res1, res2, tail_weight, tail_bias
 
 
 def _eager(spec, tensors, grad, name, keep="sum"):
-    arranged, _ = _arranged(spec, tensors)
+    arranged = _arranged(spec, tensors)
     config = spec.config
     if grad:
         return _Site.apply(*arranged, (*config, name, _kept(spec, tensors, name, keep)))
@@ -122,10 +121,9 @@ def _eager(spec, tensors, grad, name, keep="sum"):
 
 
 def _compiled(spec, tensors, grad, name):
-    (u, *mine, res1, res2, tail_weight, tail_bias), add_x = _arranged(spec, tensors)
-    config = add_x, spec.eps, spec.code, float(spec.scale), TAILS[spec.tail], spec.tail_eps, spec.emit == "both"
+    u, *mine, res1, res2, tail_weight, tail_bias = _arranged(spec, tensors)
     flat = [None if t is None else rows(t) for t in (res1, res2)]
-    out = torch.ops.fastpetl.site(rows(u), *mine, *flat, tail_weight, tail_bias, *config, grad, name)
+    out = torch.ops.fastpetl.site(rows(u), *mine, *flat, tail_weight, tail_bias, *spec.config, grad, name)
     return (out[0].view(u.shape) if spec.emit == "both" else None), out[1].view(u.shape)
 
 
@@ -136,7 +134,7 @@ def _choose(spec, tensors, grad, composed) -> str:
     x = tensors[0]
     names = backends.serving("site", "auto", x.device.type, x.dtype)
     if len(names) == 1:
-        return "cpp"
+        return names[0]
     there = tuple([t is not None for t in tensors])
     wanted = tuple([t is not None and t.requires_grad for t in tensors]) if grad else None
     key = (rows_class(x), spec.hidden, spec.bottleneck, spec.code, spec.input, spec.scale != 1, spec.tail, spec.emit)

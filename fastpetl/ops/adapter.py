@@ -206,7 +206,7 @@ def _choose(tensors, add_x, eps, code, scale, grad) -> str:
 
     names = backends.serving("adapter", "auto", x.device.type, x.dtype)
     if len(names) == 1:
-        return "cpp"
+        return names[0]
     names = steady("adapter", names, x.numel() // x.shape[-1])
     there = tuple([t is not None for t in tensors[2:]])
     wanted = tuple([t is not None and t.requires_grad for t in tensors]) if grad else None

@@ -1,5 +1,5 @@
 // Runs the kernels of csrc/cuda on small cases in buffers exactly as large as they have to be, for the sanitizers:
-//   cuda_driver forward|backward|large|rows|short     (short: a buffer too small by one, which must be reported)
+//   cuda_driver forward|resident|backward|large|rows|short     (short: a buffer too small by one, which must be reported)
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -78,6 +78,8 @@ int main(int count, char** arguments) {
   bool good = false;
   if (!std::strcmp(what, "forward")) {
     good = forward<__nv_bfloat16>(FP_CUDA_BF16, 3, 136, 208, 1) && forward<float>(FP_CUDA_F32, 3, 70, 13, 1);
+  } else if (!std::strcmp(what, "resident")) {
+    good = forward<__nv_bfloat16>(FP_CUDA_BF16, 19, 128, 40, -4) && forward<__half>(FP_CUDA_F16, 19, 64, 96, -4);
   } else if (!std::strcmp(what, "backward")) {
     good = backward<__nv_bfloat16>(FP_CUDA_BF16, 3, 136, 208, 1) && backward<float>(FP_CUDA_F32, 3, 70, 13, 1);
   } else if (!std::strcmp(what, "large")) {

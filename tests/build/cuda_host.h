@@ -4,7 +4,8 @@
 // exchange. Shared memory starts as NaN in each block, threads run in forward or reverse order (CUDA_HOST_REVERSE=1),
 // and a barrier that not every thread reaches aborts. With -DCUDA_HOST_THREADS each CUDA thread is a std::thread
 // instead, for -fsanitize=thread: a missing barrier is then a data race. Tensor-core instructions are emulated lane by
-// lane from the PTX manual's fragment layouts. Not modelled: copies in flight, speed, limits of a real launch.
+// lane from the PTX manual's fragment layouts. An asynchronous copy arrives when it is waited for, no sooner. Not modelled:
+// speed, limits of a real launch.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -40,6 +41,8 @@ struct Fiber {
   unsigned rounds;  // warp exchanges so far; two buffers, used in turn, suffice
   int line;         // of the barrier it waits at
   void* fake_stack;  // AddressSanitizer's, while the fiber is away
+  std::vector<std::pair<void*, const void*>> open;               // copies asked for, 16 bytes each
+  std::vector<std::vector<std::pair<void*, const void*>>> sent;  // ... and committed, in groups
 };
 
 struct Block {
@@ -328,13 +331,21 @@ inline void fp_mma_f16_16816(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
 inline void fp_cp_async16(void* shared, const void* global) {
   if ((reinterpret_cast<uintptr_t>(shared) | reinterpret_cast<uintptr_t>(global)) % 16)
     ::cuda_host::die("cp.async needs addresses aligned to 16 bytes", 0);
-  std::memcpy(shared, global, 16);
+  ::cuda_host::self().open.emplace_back(shared, global);
 }
 inline void fp_cp_async16_or_zero(void* shared, const void* global, bool valid) {
   static const unsigned char zeros[16] alignas(16) = {};
   fp_cp_async16(shared, valid ? global : zeros);
 }
 inline void fp_prefetch(const void*) {}
-inline void fp_cp_commit() {}
+inline void fp_cp_commit() {
+  auto& me = ::cuda_host::self();
+  me.sent.push_back(std::move(me.open));
+  me.open.clear();
+}
 template <int N>
-inline void fp_cp_wait() {}
+inline void fp_cp_wait() {
+  auto& sent = ::cuda_host::self().sent;
+  for (; sent.size() > N; sent.erase(sent.begin()))
+    for (const auto& [shared, global] : sent.front()) std::memcpy(shared, global, 16);
+}

@@ -5,14 +5,9 @@ import torch
 import torch.nn.functional as F
 
 import cuda_kernels as ck
-from cuda_formulas import EPS, NO_NORM, NO_RES, check, check_stats, operands, reference
+from cuda_formulas import EPS, NO_NORM, NO_RES, check, check_forward, operands, reference
 
 pytestmark = pytest.mark.skipif(bool(ck.WHY_NOT), reason=ck.WHY_NOT)
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    return ck.load(ck.compile_host(tmp_path_factory.mktemp("cuda_host") / "kernels.so"))
 
 
 # rows, hidden, bottleneck, operands left out, tail: sizes that divide nothing, two chunks of everything, one of all
@@ -29,16 +24,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", ck.DTYPES, ids=str)
 @pytest.mark.parametrize("rows, d, r, drop, tail", SHAPES)
 def test_forward_matches_torch(kernels, dtype, rows, d, r, drop, tail, warps_m):
-    t = operands(rows, d, r, dtype, drop)
-    options = dict(activation=2, scale=0.7, tail=tail, **EPS)
-    got = ck.site_forward(kernels, t, warps_m=warps_m, **options)
-    exact, torchs = reference(t, **options), reference(t, **options, dtype=dtype)
-    for name in exact:
-        check(got[name], exact[name], torchs[name])
-    if "norm_weight" in t:
-        check_stats(got["stats"], t["x"], 1e-3)
-    if tail:
-        check_stats(got["tail_stats"], got["s"], 1e-4, tail == 2)
+    check_forward(kernels, rows, d, r, dtype, drop, tail, warps_m)
 
 
 @pytest.mark.parametrize("activation", range(5))

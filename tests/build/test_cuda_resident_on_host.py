@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import cuda_kernels as ck
-from cuda_formulas import EPS, NO_NORM, NO_RES, check, check_stats, operands, reference
+from cuda_formulas import NO_NORM, NO_RES, check, check_forward, check_stats, operands, reference
 
 pytestmark = pytest.mark.skipif(bool(ck.WHY_NOT), reason=ck.WHY_NOT)
 HALVES = [torch.bfloat16, torch.float16]
@@ -19,25 +19,11 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
-    return ck.load(ck.compile_host(tmp_path_factory.mktemp("cuda_host") / "kernels.so"))
-
-
 @pytest.mark.parametrize("warps", [-4, -8])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("rows, d, r, drop, tail", SHAPES)
 def test_matches_torch(kernels, dtype, rows, d, r, drop, tail, warps):
-    t = operands(rows, d, r, dtype, drop)
-    options = dict(activation=2, scale=0.7, tail=tail, **EPS)
-    got = ck.site_forward(kernels, t, warps_m=warps, **options)
-    exact, torchs = reference(t, **options), reference(t, **options, dtype=dtype)
-    for name in exact:
-        check(got[name], exact[name], torchs[name])
-    if "norm_weight" in t:
-        check_stats(got["stats"], t["x"], 1e-3)
-    if tail:
-        check_stats(got["tail_stats"], got["s"], 1e-4, tail == 2)
+    check_forward(kernels, rows, d, r, dtype, drop, tail, warps)
 
 
 @pytest.mark.parametrize("activation", range(5))
@@ -55,24 +41,30 @@ def test_only_the_norm_is_emitted(kernels):
     assert alone.keys() == {"n"} and torch.equal(alone["n"], both["n"])
 
 
-def test_a_large_mean_and_a_large_column_do_not_eat_the_variance(kernels):
-    t = operands(17, 256, 16, torch.float16, NO_RES, offset=300.0)
-    t["x"][:, 3] = 2000.0  # in the part of the row whose mean the sums are moved by
+@pytest.mark.parametrize("offset, column", [(300.0, 0.0), (0.0, 2000.0)])
+def test_neither_a_large_mean_nor_a_large_column_eats_the_variance(kernels, offset, column):
+    """The column lies in the part of the row whose mean the sums are moved by."""
+    t = operands(17, 256, 16, torch.float16, NO_RES, offset=offset)
+    t["x"][:, 3] += column
     got = ck.site_forward(kernels, t, tail=1, warps_m=-4)
     check_stats(got["stats"], t["x"], 1e-5)
+    check_stats(got["tail_stats"], got["s"], 1e-6)
     exact, torchs = reference(t, tail=1), reference(t, tail=1, dtype=torch.float16)
     check(got["z"], exact["z"], torchs["z"])
     check(got["n"], exact["n"], torchs["n"])
 
 
-def test_infinite_and_nan_stay_in_their_rows(kernels):
-    t = operands(20, 64, 16, torch.bfloat16)
-    clean = ck.site_forward(kernels, t, tail=1, warps_m=-4)
+@pytest.mark.parametrize("tail", [1, 2])
+def test_infinite_and_nan_stay_in_their_rows(kernels, tail):
+    t = operands(20, 64, 16, torch.bfloat16, ("tail_bias",))
+    clean = ck.site_forward(kernels, t, tail=tail, warps_m=-4)
     t["x"][3, 5], t["x"][18, 60] = float("inf"), float("nan")
-    got = ck.site_forward(kernels, t, tail=1, warps_m=-4)
-    bad = torch.tensor([i in (3, 18) for i in range(20)])
-    assert got["s"][bad].isnan().all() and torch.equal(got["s"][~bad], clean["s"][~bad])
-    assert torch.equal(got["n"][~bad], clean["n"][~bad])
+    t["res1"][7, 2] = float("nan")  # of the sum alone: all of n, but one column of s
+    got = ck.site_forward(kernels, t, tail=tail, warps_m=-4)
+    bad = torch.tensor([i in (3, 7, 18) for i in range(20)])
+    assert got["s"][3].isnan().all() and got["s"][18].isnan().all() and got["s"][7].isnan().sum() == 1
+    assert got["n"][bad].isnan().all()
+    assert torch.equal(got["s"][~bad], clean["s"][~bad]) and torch.equal(got["n"][~bad], clean["n"][~bad])
 
 
 def test_thread_order_does_not_matter(kernels, monkeypatch):

@@ -48,7 +48,7 @@ def run(driver, case, barrier=None):
     return subprocess.run(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-@pytest.mark.parametrize("case", ["forward", "backward", "large", "rows"])
+@pytest.mark.parametrize("case", ["forward", "resident", "backward", "large", "rows"])
 def test_address_sanitizer_finds_nothing(address, case):
     done = run(address, case)
     assert done.returncode == 0 and done.stdout.endswith("good\n"), done.stdout
@@ -58,7 +58,7 @@ def test_address_sanitizer_sees_a_buffer_that_is_too_short(address):
     assert "heap-buffer-overflow" in run(address, "short").stdout
 
 
-@pytest.mark.parametrize("case", ["forward", "backward", "rows"])
+@pytest.mark.parametrize("case", ["forward", "resident", "backward", "rows"])
 def test_no_thread_races_with_another(thread, case):
     done = run(thread, case)
     assert done.returncode == 0 and done.stdout.endswith("good\n"), done.stdout
@@ -70,6 +70,7 @@ def test_no_thread_races_with_another(thread, case):
         ("forward", "FP_CHUNK"),  # shared memory read before it is written
         ("forward", "FP_REUSE"),  # ... and written before it is read
         ("forward", "FP_SUM"),  # global memory
+        ("resident", "FP_CHUNK"),
         ("backward", "FP_PANEL"),
         ("backward", "FP_REUSE"),
     ],

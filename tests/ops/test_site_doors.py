@@ -55,6 +55,20 @@ def test_every_gradient_through_the_eager_door(served, label, name):
     assert len(calls) == (0 if label == "composed" else 1)
 
 
+def test_forward_and_backward_ask_the_table_apart(served, monkeypatch):
+    """What the forward was told is not what the backward takes."""
+    asked, made = [], site(VILT)
+    served(backends.BY_SIZE)
+
+    def by_table(op, name, x, width, backward=False):
+        asked.append((op, name, backward))
+        return "reference" if backward else "composed"
+
+    monkeypatch.setattr(backends, "of_size", by_table)
+    agree(made, VILT)
+    assert [a for a in asked if a[0] == "site"] == [("site", backends.BY_SIZE, way) for way in (False, True)]
+
+
 @pytest.mark.parametrize("name", INSIDE)
 def test_kept_samples_take_one_launch_too(served, name):
     calls = served("reference")
