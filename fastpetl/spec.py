@@ -6,7 +6,7 @@ import functools
 from dataclasses import dataclass
 from numbers import Real
 
-__all__ = ["ACTIVATIONS", "EMITS", "INPUTS", "TAILS", "AdapterSpec", "activation_code", "check_tail"]
+__all__ = ["ACTIVATIONS", "EMITS", "INPUTS", "TAILS", "AdapterSpec", "activation_code", "check_tail", "site_config"]
 
 # The numbers are the ABI between Python, C++ (csrc/cpu), CUDA and Triton (kernels/): append, never renumber.
 ACTIVATIONS = {"identity": 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
@@ -108,8 +108,7 @@ class AdapterSpec:
         """What the launchers of a site with a norm behind it take: (add_x, eps, activation, scale, tail, tail's eps, is
         the sum wanted).
         """
-        tail = TAILS[self.tail], self.tail_eps
-        return self.input != "normalised", self.eps, self.code, float(self.scale), *tail, self.emit == "both"
+        return site_config(self)
 
     @functools.cached_property
     def shapes(self) -> tuple:
@@ -127,3 +126,9 @@ class AdapterSpec:
     def macs(self, rows: int) -> int:
         """Multiply-accumulates of one forward over `rows` rows (the two GEMMs)."""
         return 2 * rows * self.hidden * self.bottleneck
+
+
+def site_config(spec: AdapterSpec) -> tuple:
+    """`spec.config`, a function for compiled code: Dynamo calls no method of a frozen dataclass."""
+    tail = TAILS[spec.tail], spec.tail_eps
+    return spec.input != "normalised", spec.eps, spec.code, float(spec.scale), *tail, spec.emit == "both"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ..spec import AdapterSpec
+from ..spec import AdapterSpec, site_config
 from ._adapter import run_forward as adapter_forward
 from ._common import alike, autocast_dtype, first_order, grad_mask, needs_grad, rows, through_dispatcher, unflatten
 from ._measured import choose, rows_class
@@ -123,7 +123,7 @@ def _eager(spec, tensors, grad, name, keep="sum"):
 def _compiled(spec, tensors, grad, name):
     u, *mine, res1, res2, tail_weight, tail_bias = _arranged(spec, tensors)
     flat = [None if t is None else rows(t) for t in (res1, res2)]
-    out = torch.ops.fastpetl.site(rows(u), *mine, *flat, tail_weight, tail_bias, *spec.config, grad, name)
+    out = torch.ops.fastpetl.site(rows(u), *mine, *flat, tail_weight, tail_bias, *site_config(spec), grad, name)
     return (out[0].view(u.shape) if spec.emit == "both" else None), out[1].view(u.shape)
 
 
