@@ -1,7 +1,8 @@
 // Matrix engine on AMX tiles. PLANES = 1: bf16 operands. PLANES = 3: fp32 operands, each split exactly into three bf16
 // terms a0 + a1 + a2 (8 + 8 + 8 significant bits); six of the nine tile products are summed in fp32, smallest first,
 // and the three left out are below 2^-24 of the product: fp32 accuracy at 1/6 of the bf16 rate, still above the FMA
-// units' fp32 peak. What differs from FMA: subnormals count as zero, and an infinite input gives NaN where FMA may give inf.
+// units' fp32 peak. What differs from FMA: subnormals count as zero. An infinite operand has NaN in its lower terms: rows
+// that come out as NaN are computed once more by FMA, so that infinities spread as they do there.
 // Layouts: A [row tile][k tile][plane][16 rows x 32], B [column tile][k tile][plane][16 k-pairs x 16 columns x 2].
 #pragma once
 #include "transpose.h"
@@ -171,6 +172,9 @@ template <int PLANES> struct EngineAmx {
     for (int64_t q = 0; q < fetch / 6; ++q, next += 32) _mm_prefetch((const char*)next, _MM_HINT_T1); \
   }
     constexpr int64_t step = PLANES * TILE;
+    const int64_t depth = kt;
+    alignas(64) float before[PLANES == 3 ? MT * 16 * NP : 1];
+    if (PLANES == 3 && accumulate) memcpy(before, c, sizeof before);
     asm volatile("" ::: "memory");  // the tile loads below carry no memory clobber of their own
     if (accumulate) {
       _tile_loadd(0, c, NP * 4);
@@ -205,10 +209,59 @@ template <int PLANES> struct EngineAmx {
       _tile_stored(2, c + 16 * NP, NP * 4);
       _tile_stored(3, c + 16 * NP + 16, NP * 4);
     }
+    if (PLANES == 3) {
+      asm volatile("" ::: "memory");
+      const int64_t back = depth * step;
+      for (int i = 0; i < MT * 16; i += 4) {
+        const Elem* rows = (i < 16 ? a0 : a1) - back + i % 16 * 32;
+        if (has_nan(c + i * NP)) again(rows, b0 - back, b1 - back, depth, c + i * NP, accumulate ? before + i * NP : nullptr);
+      }
+    }
 #undef FP_TILE_A
 #undef FP_TILE_B
 #undef FP_TILE_DOT
 #undef FP_TILE_FETCH
+  }
+
+  // four rows of C; infinities of both signs count as well, which costs nothing but time
+  static inline bool has_nan(const float* c) {
+    __m512 s = _mm512_setzero_ps();
+    for (int i = 0; i < 4 * NP; i += 16) s = _mm512_add_ps(s, _mm512_loadu_ps(c + i));
+    return _mm512_cmp_ps_mask(s, s, _CMP_UNORD_Q);
+  }
+  static float whole(const Elem* p) {  // an operand put together again, exactly; where the first term is not finite it is all
+    float t[3];
+    for (int q = 0; q < 3; ++q) {
+      const uint32_t bits = (uint32_t)p[q * TILE] << 16;
+      memcpy(t + q, &bits, 4);
+    }
+    return t[0] - t[0] == 0 ? t[0] + t[1] + t[2] : t[0];
+  }
+  static __m512 whole(const Elem* p, bool odd) {  // 16 of them, of every other element
+    __m512 t[3];
+    for (int q = 0; q < 3; ++q) {
+      const __m512i v = _mm512_loadu_si512(p + q * TILE);
+      t[q] = (__m512)(odd ? _mm512_and_si512(v, _mm512_set1_epi32(0xffff0000)) : _mm512_slli_epi32(v, 16));
+    }
+    const __m512 rest = _mm512_sub_ps(t[0], t[0]);
+    return _mm512_mask_add_ps(t[0], _mm512_cmp_ps_mask(rest, rest, _CMP_ORD_Q), _mm512_add_ps(t[0], t[1]), t[2]);
+  }
+  // rows a .. a + 3 of the product with 32 columns, by FMA
+  static __attribute__((noinline)) void again(const Elem* a, const Elem* b0, const Elem* b1, int64_t kt, float* c, const float* before) {
+    __m512 sum[4][2];
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 2; ++j) sum[i][j] = before ? _mm512_loadu_ps(before + i * NP + j * 16) : _mm512_setzero_ps();
+    for (int64_t t = 0; t < kt; ++t, a += 3 * TILE, b0 += 3 * TILE, b1 += 3 * TILE)
+      for (int k = 0; k < 32; ++k) {
+        const __m512 w0 = whole(b0 + k / 2 * 32, k % 2), w1 = whole(b1 + k / 2 * 32, k % 2);
+        for (int i = 0; i < 4; ++i) {
+          const __m512 x = _mm512_set1_ps(whole(a + i * 32 + k));
+          sum[i][0] = _mm512_fmadd_ps(x, w0, sum[i][0]);
+          sum[i][1] = _mm512_fmadd_ps(x, w1, sum[i][1]);
+        }
+      }
+    for (int i = 0; i < 4; ++i)
+      for (int j = 0; j < 2; ++j) _mm512_storeu_ps(c + i * NP + j * 16, sum[i][j]);
   }
 };
 

@@ -36,7 +36,7 @@ CONFIGS = {
         tasks=TASKS, bottleneck=6, prompts=fastpetl.PromptConfig(length=2, middle=10)
     ),
     "lora multiple, prompt": fastpetl.LoRAConfig(
-        tasks=TASKS, rank=3, sharing="multiple", dropout=0.0, prompts={"length": 2, "middle": 10}
+        tasks=TASKS, rank=3, alpha=3, sharing="multiple", dropout=0.0, prompts={"length": 2, "middle": 10}
     ),
 }
 CASES = [(kind, name) for kind in KINDS for name in CONFIGS]

@@ -142,6 +142,22 @@ def test_an_infinite_row_stays_alone(isa, dtype):
     assert not y[4].isfinite().all()
 
 
+@pytest.mark.parametrize("where", ["x", "w", "both"])
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+def test_infinities_spread_as_in_torch(isa, where, value):
+    """Through a product of several blocks and tiles, with their signs; no other row or column sees them."""
+    x, w = torch.randn(43, 1500), torch.randn(70, 1500)
+    if where != "w":
+        x[3, 0], x[37, 1400] = value, value
+    if where != "x":
+        w[5, 700], w[66, 1400] = value, -value
+    ours = ops.cpu_linear_forward(x, [w], [], 0, None, None, 0.0, None)[0]
+    want = x.double() @ w.double().t()
+    assert torch.equal(ours.isnan(), want.isnan())
+    left = ~want.isnan()
+    torch.testing.assert_close(ours[left].double(), want[left], rtol=1e-4, atol=1e-3)
+
+
 def test_every_half_is_read_and_rounded_as_torch_does(isa):
     """All 65,536 of them, NaN, infinities and subnormals included, plus numbers that make the sum round."""
     x = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16).view(-1, 64)
