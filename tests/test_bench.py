@@ -117,9 +117,10 @@ def test_only_that_matches_nothing_says_so(capsys):
 
 def test_jobs_follow_only():
     assert [(j["kind"], j["dtype"]) for j in plan.model_jobs(("vilt",), (), False)] == [
-        *[("time", "fp32"), ("time", "bf16")],
+        *[("time", "fp32"), ("time", "bf16"), ("time", "autocast")],
         *[("memory", "fp32")] * 2,
         *[("memory", "bf16")] * 2,
+        *[("memory", "autocast")] * 2,
     ]
     assert plan.model_jobs(("vilt",), ("bf16/memory/eager",), True)[-1]["kind"] == "losses"
     assert plan.model_variants((), "vilt", "bf16", "train") == ["eager", "compile", "patched"]
@@ -127,7 +128,7 @@ def test_jobs_follow_only():
     assert plan.model_variants(("fp32/train/patched",), "vilt", "fp32", "inference") == []
 
 
-@pytest.mark.parametrize("dtype", plan.DTYPES)
+@pytest.mark.parametrize("dtype", plan.PRECISIONS)
 @pytest.mark.parametrize("mode", plan.MODES)
 def test_a_wrong_model_is_refused_before_timing(monkeypatch, dtype, mode):
     def wrong(self, *args, **kwargs):

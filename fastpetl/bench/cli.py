@@ -96,9 +96,9 @@ def _parser() -> argparse.ArgumentParser:
         "--only",
         default="",
         metavar="PART[,PART]",
-        help="run only what has a PART in its path, default: all; vilt fp32/train/patched or bf16/memory/eager, "
-        "models vlbart/fp32, ops fp32/adapter/r96/forward/cpp, skip meter/train/static or vilt/scoring, tasks "
-        "decode/lora or train/mixed",
+        help="run only what has a PART in its path, default: all; vilt fp32/train/patched, autocast/train or "
+        "bf16/memory/eager, models vlbart/fp32, ops fp32/adapter/r96/forward/cpp, skip meter/train/static or "
+        "vilt/scoring, tasks decode/lora or train/mixed",
     )
     parser.add_argument(
         "--batch",

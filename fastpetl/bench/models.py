@@ -50,8 +50,8 @@ def measure(plan: Plan, dtype: str, progress=lambda what: None) -> dict:
     wanted = {mode: plan.variants(dtype, mode) for mode in MODES}
     unavailable = {"routed": vm.route_reason()} if any("routed" in names for names in wanted.values()) else {}
     unavailable = {name: reason for name, reason in unavailable.items() if reason}
-    base = plan.work.build(plan.tiny).to(vm.DTYPES[dtype])
-    batch = plan.work.batch(base, plan.tiny, vm.DTYPES[dtype], **plan.sizes())
+    base = plan.work.build(plan.tiny).to(vm.PRECISIONS[dtype])
+    batch = plan.work.batch(base, plan.tiny, vm.PRECISIONS[dtype], **plan.sizes())
     variants = {}
     for mode in MODES:
         for name in wanted[mode]:
@@ -68,7 +68,7 @@ def measure(plan: Plan, dtype: str, progress=lambda what: None) -> dict:
                 progress(f"{name}: not available")
                 continue
             if name not in variants:
-                variants[name] = vm.Variant(name, plan.work, copy.deepcopy(base), batch)
+                variants[name] = vm.Variant(name, plan.work, copy.deepcopy(base), batch, dtype == "autocast")
                 if name == "compile":
                     unavailable.update(_compile(plan, variants[name], dtype, mode, rows, progress))
         present = {name: variants[name] for name in wanted[mode] if name not in unavailable}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 DTYPES = ("fp32", "bf16")
+PRECISIONS = (*DTYPES, "autocast")  # of models: an fp32 model under torch.autocast in bf16
 MODES = ("inference", "train")
 MODELS = {  # the workloads of each command
     "vilt": ("vilt",),
@@ -46,10 +47,10 @@ def model_jobs(models: tuple[str, ...], only: tuple[str, ...], losses: bool) -> 
     """Semantics: the processes `bench vilt` or `bench models` consists of."""
     jobs = []
     for model in models:
-        for dtype in DTYPES:
+        for dtype in PRECISIONS:
             if any(model_variants(only, model, dtype, mode) for mode in MODES):
                 jobs.append({"kind": "time", "model": model, "dtype": dtype})
-        for dtype in DTYPES:
+        for dtype in PRECISIONS:
             names = [name for name in MEMORY_VARIANTS if wants(only, model, dtype, "memory", name)]
             jobs += [{"kind": "memory", "model": model, "dtype": dtype, "variant": name} for name in names]
     return [*jobs, {"kind": "losses", "model": LOSSES, "dtype": "fp32"}] if losses else jobs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 
 import torch
 
@@ -11,6 +12,7 @@ from .timing import Refused
 from .workloads import Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {**DTYPES, "autocast": torch.float32}  # the dtype of the model
 LOGITS_LIMIT = 1e-4  # fp32, largest difference / largest logit
 GRADIENT_LIMIT = 1e-3  # fp32, relative norm over all trainable parameters
 LOSSES_LIMIT = 1e-3
@@ -50,13 +52,16 @@ def route_reason() -> str | None:
 
 
 class Variant:
-    """One way to run the model: its own weights (it takes `model` as its own), its own optimizer, one batch."""
+    """One way to run the model: its own weights (it takes `model` as its own), its own optimizer, one batch. autocast:
+    forwards run under torch.autocast in bf16.
+    """
 
-    def __init__(self, name: str, work: Workload, model, batch: dict):
+    def __init__(self, name: str, work: Workload, model, batch: dict, autocast: bool = False):
         import fastpetl
 
         self.name, self.work, self.batch, self.model = name, work, batch, model
         self._context = route if name == "routed" else contextlib.nullcontext
+        self._autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=autocast)
         if name == "compile":
             work.compile(self.model)
         elif name == "patched":
@@ -65,7 +70,8 @@ class Variant:
 
     def forward(self, batch: dict):
         torch.manual_seed(1)  # ViLT shuffles the image patches with the global generator, in eval mode as well
-        return self.model(**batch)
+        with self._autocast():
+            return self.model(**batch)
 
     @torch.no_grad()
     def infer(self) -> torch.Tensor:
@@ -100,8 +106,8 @@ class Variant:
 
 def make(name: str, work: Workload, tiny: bool, dtype: str, **sizes) -> Variant:
     """Semantics: one variant from scratch, equal to the others of the same workload and dtype."""
-    base = work.build(tiny).to(DTYPES[dtype])
-    return Variant(name, work, base, work.batch(base, tiny, DTYPES[dtype], **sizes))
+    base = work.build(tiny).to(PRECISIONS[dtype])
+    return Variant(name, work, base, work.batch(base, tiny, PRECISIONS[dtype], **sizes), dtype == "autocast")
 
 
 # --- do they compute the same? ----------------------------------------------------------------------------------------
@@ -124,8 +130,9 @@ def verify(variants: dict[str, Variant], dtype: str, mode: str, truth: Variant) 
     eager, fails one. Another variant that does is a baseline the caller must leave out.
 
     fp32: against eager, with fixed limits; a variant over one of them must be at most twice as far from the float64
-    model as eager is (a model can magnify fp32's rounding). bf16: each variant's error against the fp32 model of
-    the same weights (`truth`), which may be twice eager's. Inference: logits. Training: logits and gradients.
+    model as eager is (a model can magnify fp32's rounding). bf16, autocast: each variant's error against
+    the fp32 model of the same weights (`truth`), which may be twice eager's. Inference: logits. Training: also the
+    gradients.
     """
     want = _results(truth, mode)
     noise = {} if dtype == "fp32" else {k: _METRIC[k](v, want[k]) for k, v in _results(variants["eager"], mode).items()}

@@ -76,7 +76,8 @@ def _measure(job: dict, progress) -> dict:
     if job["kind"] == "losses":
         return {"losses": variant.losses(plan.work, plan.tiny, LOSS_STEPS, progress)}
     progress("machine")
-    dtypes = () if job["tiny"] else DTYPES if job["dtype"] == "all" else (job["dtype"],)
+    dtypes = DTYPES if job["dtype"] == "all" else ("bf16",) if job["dtype"] == "autocast" else (job["dtype"],)
+    dtypes = () if job["tiny"] else dtypes
     facts = {**machine.facts(dtypes), "malloc": job["malloc"]}
     if job["what"] == "ops":
         found = ops.measure(plan, progress)

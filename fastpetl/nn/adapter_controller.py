@@ -21,6 +21,7 @@ from fastpetl.nn.inline import (
     call_reason,
     listened,
     note_fallback,
+    read_dtype,
     structure,
     structure_reason,
     weight_and_bias,
@@ -188,7 +189,7 @@ def _adapter_reason(controller, task, x, adapter=None) -> str | None:
         return f"adapters is a {type(adapters).__name__}, expected a ModuleDict"
     kind = type(adapter or controller.adapter(task))  # raises for a task it does not know
     name = next(iter(adapters._modules)) if task is None else task
-    expected, dtype, device = _one(name, kind), x.dtype, x.device
+    expected, dtype, device = _one(name, kind), read_dtype(x), x.device
     if not torch.compiler.is_compiling() and as_expected(adapters, expected, dtype, device):
         return None
     return structure_reason(adapters, expected, dtype, device, "adapters.")
@@ -302,7 +303,7 @@ def controller_site(controller, x, f, task, norm: nn.LayerNorm, backend: str, ke
         task_ids(f, task, task[:1])  # as many as samples
         task = task[0]
     norms, adapter = _norms(controller), controller.adapter(task)
-    if norms and structure_reason(controller, norms, f.dtype, f.device):
+    if norms and structure_reason(controller, norms, read_dtype(f), f.device):
         return None
     if _adapter_reason(controller, task, f, adapter):
         return None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 from transformers.models.clip import modeling_clip as hf
 
 from fastpetl._by_torch import norm_by_torch
 from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR
 from fastpetl.nn.inline import structure
-from fastpetl.nn.parts import Fused, attended, exact_gelu, heads, torch_norm
+from fastpetl.nn.parts import Fused, attended, exact_gelu, heads, torch_norm, torch_sum
 from fastpetl.nn.task_layers import fused_routed
 
 PROJECTIONS = structure(q_proj=LORA_LINEAR, k_proj=nn.Linear, v_proj=LORA_LINEAR, out_proj=OUTPUT_LINEAR)
@@ -63,7 +62,7 @@ class _FusedLayer(Fused):
         f, _ = self.self_attn(hidden_states=self.layer_norm1(x), attention_mask=attention_mask, **kwargs)
         norm, own = self.layer_norm2, not self.self_attn._forward_hooks
         if norm_by_torch(self._fastpetl_backend, x):
-            s = f.add_(x) if own and not torch.is_grad_enabled() else x + f
+            s = torch_sum(x, f, own)
             return s + self.mlp(torch_norm(s, norm))
         from fastpetl import ops
 

@@ -6,7 +6,8 @@ from torch import nn
 
 from fastpetl._by_torch import by_torch
 from fastpetl.backends import for_op
-from fastpetl.nn.inline import call_reason, note_fallback, tensor_reason
+from fastpetl.nn.inline import call_reason, note_fallback, read_dtype, tensor_reason
+from fastpetl.nn.parts import product
 
 
 class FusedHead(nn.Linear):
@@ -19,7 +20,7 @@ class FusedHead(nn.Linear):
 
     def forward(self, x):
         if by_torch("linear", self._fastpetl_backend, x):
-            return super().forward(x)
+            return product(x, self.weight, self.bias)
         from fastpetl.ops._common import needs_grad
 
         weight, bias = self.weight, self.bias
@@ -36,7 +37,7 @@ class FusedHead(nn.Linear):
 
     def _tensors_reason(self, x) -> str | None:
         for name in ("weight", "bias"):
-            reason = tensor_reason(getattr(self, name), x.dtype, x.device)
+            reason = tensor_reason(getattr(self, name), read_dtype(x), x.device)
             if reason is not None:
                 return f"{name} {reason}"
         return None

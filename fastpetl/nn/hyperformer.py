@@ -12,7 +12,7 @@ from torch import nn
 
 from fastpetl.nn.adapter import site_spec
 from fastpetl.nn.generated import can_be_shared, shared_weights
-from fastpetl.nn.inline import HOOKS, call_reason, note_fallback
+from fastpetl.nn.inline import HOOKS, call_reason, note_fallback, read_dtype
 from fastpetl.nn.tasks import in_one_launch, per_sample, task_ids
 
 KINDS = ("feed_forward", "self_attention", "cross_attention")  # the order of the rows of adapters_block_type
@@ -194,7 +194,7 @@ class FusedHyperSite(HyperSite):
         state = self.__dict__
         if isinstance(task, tuple | list) or "forward" in state or any(state[hooks] for hooks in HOOKS):
             return None
-        if call_reason(self, {}, f) or self.net.LayerNorm.weight.dtype != f.dtype:
+        if call_reason(self, {}, f) or self.net.LayerNorm.weight.dtype != (read_dtype(f) or torch.float32):
             return None
         from fastpetl import ops
 
@@ -237,7 +237,8 @@ class FusedHyperSite(HyperSite):
 
 
 def _made_reason(weights, x) -> str | None:
-    return None if weights[0].dtype == x.dtype else f"the generated weights are {weights[0].dtype}, the input {x.dtype}"
+    made, wanted = weights[0].dtype, read_dtype(x)
+    return None if wanted in (None, made) else f"the generated weights are {made}, the input {wanted}"
 
 
 FusedHyperSite.__name__ = HyperSite.__name__  # accelerate and others match modules by class name

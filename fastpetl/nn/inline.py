@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
+from fastpetl._autocast import autocast_dtype
+
 _PLAIN = (nn.Parameter, torch.Tensor)  # DTensor, quantised and other tensor subclasses are not read behind their backs
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -86,7 +88,7 @@ def call_reason(
     reason = around_reason(x)
     if reason is not None or not expected:
         return reason
-    dtype, device = x.dtype, x.device
+    dtype, device = read_dtype(x), x.device
     if not torch.compiler.is_compiling() and as_expected(module, expected, dtype, device, any_linear):
         return None
     return structure_reason(module, expected, dtype, device)
@@ -107,7 +109,9 @@ def as_expected(module, expected, dtype, device, any_linear: bool = False) -> bo
             return False
         if not (any_linear and kind is nn.Linear):
             for t in state["_parameters"].values():
-                if t is not None and (type(t) not in _PLAIN or t.dtype is not dtype or t.device != device):
+                if t is None:
+                    continue
+                if type(t) not in _PLAIN or t.device != device or (dtype is not None and t.dtype is not dtype):
                     return False
         if inner and not as_expected(child, inner, dtype, device, any_linear):
             return False
@@ -116,11 +120,7 @@ def as_expected(module, expected, dtype, device, any_linear: bool = False) -> bo
 
 def around_reason(x: torch.Tensor) -> str | None:
     """Semantics: why no call on x is to be fused at the moment, or None."""
-    compiling = torch.compiler.is_compiling()
-    # The first asks for all devices, in a third of the time.
-    if (compiling or torch._C._is_any_autocast_enabled()) and torch.is_autocast_enabled(x.device.type):
-        return "autocast: the original forward rounds where autocast says"
-    if not compiling:
+    if not torch.compiler.is_compiling():
         if nn_module._has_any_global_hook():
             return "global module hooks are registered"
         if torch._C._is_tracing():
@@ -128,6 +128,11 @@ def around_reason(x: torch.Tensor) -> str | None:
         if torch._C._are_functorch_transforms_active():
             return "torch.func transform"
     return None
+
+
+def read_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """Semantics: the dtype of what a call on x may read: x's; None, any, under autocast, which casts."""
+    return x.dtype if autocast_dtype(x) is None else None
 
 
 def weight_and_bias(module: nn.Module) -> tuple:

@@ -11,6 +11,7 @@ from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from fastpetl._autocast import autocast_dtype
 from fastpetl._by_torch import by_torch, norm_by_torch
 from fastpetl.backends import for_op
 from fastpetl.nn.adapted import CHILD, AdaptedLinear
@@ -61,7 +62,7 @@ class Fused:
     def _each(self, x, *linears: nn.Linear, slot: str) -> tuple | list:
         """Semantics: [linear_1(x), linear_2(x), ...], of one size; side by side where a kernel of ours serves."""
         if self._by_torch("linear", x):
-            return [torch_linear(x, linear) for linear in linears]
+            return torch_linears(x, linears)
         return self._linear(x, *linears, slot=slot).chunk(len(linears), -1)
 
     def _own(self, x, linears, slot: str, heads: int, mask, scaling: float, fused: bool) -> tuple:
@@ -69,7 +70,7 @@ class Fused:
         False), or cannot.
         """
         if self._by_torch("linear", x):
-            return None, [torch_linear(x, linear) for linear in linears]
+            return None, torch_linears(x, linears)
         qkv = self._linear(x, *linears, slot=slot)
         out = self._attend(qkv, heads, mask, scaling) if fused else None
         return out, (qkv.chunk(3, -1) if out is None else None)
@@ -153,7 +154,7 @@ class Fused:
     def _add_norm(self, x: torch.Tensor, f: torch.Tensor, norm: nn.LayerNorm, own: bool = True) -> torch.Tensor:
         """Semantics: norm(x + f); own: nobody else has seen f, it may be written to."""
         if norm_by_torch(self._fastpetl_backend, x):
-            return torch_norm(f.add_(x) if own and not torch.is_grad_enabled() else x + f, norm)
+            return torch_norm(torch_sum(x, f, own), norm)
         from fastpetl import ops
 
         options = {"emit": "norm", "backend": self._op("residual_norm"), "overwrite": own}
@@ -166,10 +167,32 @@ def torch_linear(x: torch.Tensor, linear: nn.Linear, adapt: bool = True) -> torc
     """
     kind = type(linear)
     if kind is FusedLoRALinear and linear.merges(x):
-        return F.linear(x, linear.merged(x), linear.bias)
+        return product(x, linear.merged(x), linear.bias)
     if kind is not nn.Linear and (adapt or kind is not AdaptedLinear):
         return linear(x)
-    return F.linear(x, *weight_and_bias(linear))
+    return product(x, *weight_and_bias(linear))
+
+
+def product(x: torch.Tensor, weight, bias) -> torch.Tensor:
+    """Semantics: F.linear; under autocast what it casts of frozen weights is kept."""
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        from fastpetl.ops._casts import cast
+
+        x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
+    return F.linear(x, weight, bias)
+
+
+def torch_linears(x: torch.Tensor, linears) -> list:
+    """Semantics: `torch_linear` of each; x is cast once."""
+    dtype = autocast_dtype(x)
+    x = x if dtype is None else x.to(dtype)
+    return [torch_linear(x, linear) for linear in linears]
+
+
+def torch_sum(x: torch.Tensor, f: torch.Tensor, own: bool) -> torch.Tensor:
+    """Semantics: x + f; own: nobody else has seen f, it may be written to where no gradient is recorded."""
+    return f.add_(x) if own and f.dtype is x.dtype and not torch.is_grad_enabled() else x + f
 
 
 def torch_norm(x: torch.Tensor, norm: nn.LayerNorm) -> torch.Tensor:

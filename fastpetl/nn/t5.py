@@ -7,7 +7,7 @@ from torch import nn
 from transformers.models.t5 import modeling_t5 as hf
 
 from fastpetl._by_torch import norm_by_torch
-from fastpetl.nn.inline import around_reason, note_fallback, structure, tensor_reason
+from fastpetl.nn.inline import around_reason, note_fallback, read_dtype, structure, tensor_reason
 from fastpetl.nn.lora import LoRALinear, beside_others
 from fastpetl.nn.parts import Fused, activate, cached_keys, drop, heads, inlined, interface
 
@@ -88,15 +88,17 @@ class FusedT5LayerNorm(Fused, hf.T5LayerNorm):
 
     def forward(self, hidden_states):
         x, weight = hidden_states, self._parameters.get("weight")
+        if read_dtype(x) is None and weight is not None and weight.dtype is torch.float32:
+            x = x.float()  # under autocast, which leaves this norm alone: the product with its weight is of float32
         plain = type(weight) is nn.Parameter and weight.dtype is x.dtype
         if plain and norm_by_torch(self._fastpetl_backend, x) and around_reason(x) is None:
             return torch.rms_norm(x, x.shape[-1:], weight, self.variance_epsilon)
         if self._declines({}, x):
-            return super().forward(x)
+            return super().forward(hidden_states)
         reason = tensor_reason(self.weight, x.dtype, x.device)
         if reason is not None:
             note_fallback(self, f"weight {reason}")
-            return super().forward(x)
+            return super().forward(hidden_states)
         from fastpetl import ops
 
         eps, backend = self.variance_epsilon, self._op("residual_norm")

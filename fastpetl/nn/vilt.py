@@ -22,7 +22,7 @@ from fastpetl.nn.adapted import LORA_LINEAR, OUTPUT_LINEAR, AdaptedLinear
 from fastpetl.nn.adapter import INLINED_ADAPTER, fused_adapter, fused_site
 from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure
 from fastpetl.nn.lora import beside_others, merged_weights
-from fastpetl.nn.parts import attend, drop, heads, torch_activated, torch_linear, torch_norm
+from fastpetl.nn.parts import attend, drop, heads, torch_activated, torch_linear, torch_linears, torch_norm
 from fastpetl.nn.task_layers import fused_routed
 from fastpetl.nn.vilt_das import DASViltLayer, SkipViltEncoder
 
@@ -83,7 +83,7 @@ class _FusedBlock:
         """`_block` where torch's own linears serve, as on a GPU: they are called at once."""
         attention, proj, out, inner = self.attention.attention, self.attention.output, self.output, self.intermediate
         n = torch_norm(x, self.layernorm_before)
-        qkv = [torch_linear(n, linear) for linear in (attention.query, attention.key, attention.value)]
+        qkv = torch_linears(n, (attention.query, attention.key, attention.value))
         h = _attend_apart(attention, qkv, attention_mask)
         f = _drop(torch_linear(h, proj.dense), proj.dropout)
         if self._norm_in_site(x, for_op("linear", self._fastpetl_backend)):

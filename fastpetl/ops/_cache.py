@@ -37,8 +37,9 @@ class WeightCache:
         held = self._held.get(key)
         if held is None or held[0] != now or not held[1].same():
             self._held.pop(key, None)  # free the old one first
-            # Normal tensors, whatever mode this call is in: they may meet autograd in a later one.
-            with torch.inference_mode(False), torch.no_grad():
+            # Normal tensors of their own dtype, whatever mode this call is in: they may meet another in a later one.
+            apart = torch.autocast(sources[0].device.type, enabled=False)
+            with torch.inference_mode(False), torch.no_grad(), apart:
                 held = (now, Sample(sources), as_made(make()), [t.detach() for t in sources])
             self._held[key] = held
         return held[2]

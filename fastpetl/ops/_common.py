@@ -1,10 +1,12 @@
-"""What the functional ops share: argument checks, autocast, flattening. Traceable by Dynamo."""
+"""What the functional ops share: argument checks, flattening. Traceable by Dynamo."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
+
+from .._autocast import autocast_dtype  # noqa: F401
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -59,21 +61,6 @@ def number(function: str, name: str, value) -> float:
 
 def _short(dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def autocast_dtype(x):
-    """The dtype autocast would cast matrix products of x to, or None where it would leave x alone."""
-    device = x.device.type
-    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def cast(t, dtype):
-    """As autocast casts: floating-point tensors except float64, None stays None."""
-    if not isinstance(t, torch.Tensor) or not t.is_floating_point() or t.dtype == torch.float64:
-        return t
-    return t.to(dtype)
 
 
 def rows(x):

@@ -68,7 +68,7 @@ class Sample:
     __slots__ = ("_read", "_values")
 
     def __init__(self, tensors):
-        self._read = [_spread(t) for t in tensors if t.device.type == "cpu" and t.numel() and not hasattr(t, _MADE)]
+        self._read = [_spread(t) for t in tensors if t.device.type == "cpu" and t.numel() and not made_by_cache(t)]
         self._values = self._now()
 
     def _now(self):
@@ -90,6 +90,13 @@ def as_made(made):
 
 
 _MADE = "_fastpetl_made"
+
+
+def made_by_cache(t) -> bool:
+    """Semantics: is it known by `as_made`?"""
+    return hasattr(t, _MADE)
+
+
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # as numbers NaN would never be equal
 
 

@@ -11,7 +11,8 @@ import torch
 
 from ..spec import activation_code
 from ._adapter import ACT
-from ._common import autocast_dtype, cast, wide
+from ._casts import cast
+from ._common import autocast_dtype, wide
 
 
 def shape(weight):
@@ -102,13 +103,14 @@ def lowrank_linear(x, rule, left, right, bias):
 def lowrank_adapter(x, down, b_down, up, b_up, *, activation, scale, norm_weight, norm_bias, eps, residuals):
     """Semantics: the adapter with both projections in the low-rank form; down and up are (rule, left, right)."""
     code = activation_code(activation, "phm_adapter")
-    stream, dtype = x, autocast_dtype(x)
+    dtype = autocast_dtype(x)
     if dtype is not None:
-        x, b_down, b_up, norm_weight, norm_bias = (cast(t, dtype) for t in (x, b_down, b_up, norm_weight, norm_bias))
         down, up = tuple(cast(t, dtype) for t in down), tuple(cast(t, dtype) for t in up)
+        b_down, b_up = cast(b_down, dtype), cast(b_up, dtype)
     h = x if norm_weight is None else torch.nn.functional.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    h = h if dtype is None else cast(h, dtype)
     y = lowrank_linear(ACT[code](lowrank_linear(h, *down, b_down)), *up, b_up)
     y = y if scale == 1 else y * scale
     for r in residuals:
-        y = y + (x if r is stream and stream.dtype == x.dtype else r)
+        y = y + r
     return y

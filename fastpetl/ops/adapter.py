@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from .. import backends
 from ..spec import activation_code
 from ._adapter import ACT, run_backward, run_forward
+from ._casts import cast
 from ._common import (
     _PLAIN,
     alike,
     autocast_dtype,
-    cast,
     check_input,
     check_like,
     first_order,
@@ -51,8 +51,9 @@ def adapter(
     residuals: at most two tensors like x, beside x itself, which is recognised by identity: `residuals=(x, f)` gives x
     + f + A(x).
     activation: identity, relu, gelu (erf), gelu_tanh or silu. backend: see `fastpetl.backends`.
-    Dtypes: all tensors of one dtype. Under torch.autocast x and the parameters are cast to its dtype, as F.linear casts
-    them; residuals keep their own dtype and y has the widest, so a float32 residual stream stays float32.
+    Dtypes: all tensors of one dtype. Under torch.autocast what the products read is cast to its dtype, as F.linear
+    casts it, behind the norm, which is torch's there; residuals keep their own dtype and y has the widest, so a float32
+    residual stream stays float32.
     Rounds: the fused backends keep statistics, sums and everything between x and y in fp32 except the pre-activation
     kept for backward; see `adapter_reference` for where plain torch rounds.
     Gradients: for every tensor argument, computed only where wanted, deterministic; not differentiable twice except
@@ -71,9 +72,8 @@ def adapter(
     stream = x
     dtype = autocast_dtype(x) if isinstance(x, torch.Tensor) else None
     if dtype is not None:
-        x, w_down, b_down, w_up, b_up, norm_weight, norm_bias = (
-            cast(t, dtype) for t in (x, w_down, b_down, w_up, b_up, norm_weight, norm_bias)
-        )
+        w_down, b_down, w_up, b_up = (cast(t, dtype) for t in (w_down, b_down, w_up, b_up))
+        x, norm_weight, norm_bias = _cast_input(x, norm_weight, norm_bias, eps, dtype)
     _check(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias)
     add_x, fused, late = False, [], []
     for i, r in enumerate(residuals):
@@ -88,7 +88,7 @@ def adapter(
         )
         if r.dtype != x.dtype:
             late.append(r)
-        elif r is stream and not add_x:
+        elif r is x and not add_x:
             add_x = True
         else:
             fused.append(r)
@@ -99,6 +99,14 @@ def adapter(
     for r in late:
         y = y + r
     return y
+
+
+def _cast_input(x, weight, bias, eps, dtype):
+    """x in autocast's dtype, behind its norm if there is one, and the norm that is left to do."""
+    whole = isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)
+    if whole and weight.shape == bias.shape == x.shape[-1:] and x.is_floating_point():  # what is not, `_check` says
+        return cast(F.layer_norm(x, weight.shape, weight, bias, eps), dtype), None, None
+    return cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
 
 
 _NONE = (None, None)

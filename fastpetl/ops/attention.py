@@ -6,7 +6,8 @@ import torch
 
 from .. import backends
 from ._attention import choose, heads_of, keeps_out, merge, run_backward, run_forward, scores, sdpa
-from ._common import autocast_dtype, cast, check_input, first_order, needs_grad, number, through_dispatcher
+from ._casts import cast
+from ._common import autocast_dtype, check_input, first_order, needs_grad, number, through_dispatcher
 
 __all__ = ["attention", "attention_reference"]
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from .. import backends
 from . import _linear as lb
+from ._casts import cast
 from ._common import (
     autocast_dtype,
-    cast,
     check_input,
     check_like,
     first_order,
@@ -38,8 +38,8 @@ def linear(x, weights, biases=None, *, norm=None, activation=None, backend="auto
     Shapes: x [..., K]; weights a tensor or a sequence of tensors [N_i, K]; biases None, or as many as weights, [N_i]; y
     [..., sum N_i].
     norm: None or (weight [K], bias [K] or None, eps). activation: None or "gelu". At most one of the two.
-    Dtypes: all tensors of one dtype. Under torch.autocast everything is cast to its dtype, as F.linear casts; y has
-    that dtype.
+    Dtypes: all tensors of one dtype. Under torch.autocast what the product reads is cast to its dtype, as F.linear
+    casts, behind a norm, which is torch's there; y has that dtype.
     backend: "auto" measures the serving backends once per process and shape class, on these tensors, and keeps the
     fastest whose result is true fp32 (`fastpetl.backends.tuned()` shows it; FASTPETL_TUNE=0 turns it off).
     overwrite: x is the caller's and may be written to: where no gradient is recorded, a GELU then needs no memory.
@@ -63,9 +63,11 @@ def linear(x, weights, biases=None, *, norm=None, activation=None, backend="auto
     prologue = PROLOGUES[activation] if norm is None else lb.NORM
     dtype = autocast_dtype(x) if isinstance(x, torch.Tensor) else None
     if dtype is not None:
-        x, weight, bias = cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
+        if prologue == lb.NORM:
+            _check_norm(x, weight, bias, any)
+            x, prologue, weight, bias = F.layer_norm(x, x.shape[-1:], weight, bias, eps), lb.NONE, None, None
+        x = cast(x, dtype)
         weights, biases = tuple(cast(w, dtype) for w in weights), tuple(cast(b, dtype) for b in biases)
-        cache = None  # a cast weight is a new tensor at every call
     _check(x, weights, biases, weight, bias)
     if cache is not None and not isinstance(cache, PackCache):
         raise TypeError(f"linear: cache is a {type(cache).__name__}, expected a fastpetl.ops.PackCache")
@@ -88,7 +90,9 @@ def _direct(x, weight, biases, norm, activation, backend, overwrite):
         elif activation:
             inplace = overwrite and not torch.is_grad_enabled() and autocast_dtype(x) is None
             x = torch.ops.aten.gelu_(x) if inplace else F.gelu(x)
-        return F.linear(x, weight, biases[0] if biases else None)
+        bias = biases[0] if biases else None
+        dtype = autocast_dtype(x)
+        return F.linear(x, weight, bias) if dtype is None else F.linear(*(cast(t, dtype) for t in (x, weight, bias)))
     except (RuntimeError, TypeError):
         return None
 
@@ -129,9 +133,16 @@ def _check(x, weights, biases, weight, bias) -> None:
     for i, b in enumerate(biases):
         n = weights[i].shape[0]
         fits(b, (n,), x) or check_like("linear", f"biases[{i}]", b, (n,), f"({n},) to match weights[{i}]", x)
+    _check_norm(x, weight, bias)
+
+
+def _check_norm(x, weight, bias, dtype=None) -> None:
+    """dtype: `any` where autocast sees to it."""
+    k = x.shape[-1]
     for name, t in (("norm weight", weight), ("norm bias", bias)):
         if t is not None and not fits(t, (k,), x):
-            check_like("linear", name, t, (k,), f"({k},) to match x", x)
+            wanted = getattr(t, "dtype", None) if dtype is any else None
+            check_like("linear", name, t, (k,), f"({k},) to match x", x, dtype=wanted)
 
 
 def _call(x, weights, biases, prologue, weight, bias, eps, backend, cache, overwrite=False):

@@ -6,7 +6,8 @@ import torch
 
 from ..spec import activation_code
 from . import _multi_adapter_triton
-from ._common import autocast_dtype, cast, check_input, check_like, number
+from ._casts import cast
+from ._common import autocast_dtype, check_input, check_like, number
 from ._multi_adapter import in_one_call
 from .adapter import _check as check_adapter
 from .adapter import adapter, adapter_reference

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from .. import backends
 from .._by_torch import norm_by_torch
 from ..spec import EMITS, TAILS, check_tail
+from ._casts import cast
 from ._common import (
     autocast_dtype,
-    cast,
     check_input,
     check_like,
     first_order,
@@ -63,7 +63,8 @@ def residual_norm(
     tail: "layernorm", "rmsnorm" (no bias, no mean) or None (no weight, emit="sum"). emit: "both", "sum" or "norm".
     dropout: drops elements of f with this probability and scales the rest by 1 / (1 - p), by a Philox mask of the
     element's position under `seed`, the same on every backend and in the backward.
-    Dtypes: all of one dtype; under torch.autocast f and the norm's parameters are cast to x's.
+    Dtypes: all of one dtype; under torch.autocast f and the norm's parameters are cast to x's, on CUDA, where autocast
+    has norms in fp32, x as well.
     Rounds: s to x's dtype, n once; statistics of the rounded s, in fp32.
     Gradients: for x, f, weight and bias, computed only where wanted, deterministic; not differentiable twice except
     with backend="reference" or "torch".
@@ -74,6 +75,7 @@ def residual_norm(
     check_tail("residual_norm", "tail", tail, emit, dropout)
     eps = number("residual_norm", "eps", eps)
     if isinstance(x, torch.Tensor) and autocast_dtype(x) is not None:
+        x = x.float() if x.is_cuda else x
         f, weight, bias = (cast(t, x.dtype) for t in (f, weight, bias))
     _check(x, f, weight, bias, tail, emit, dropout, seed, mask)
     config = TAILS[tail], EMITS[emit], eps, float(dropout)

@@ -70,6 +70,8 @@ def patch(
 
 def unpatch(model: nn.Module) -> nn.Module:
     """Semantics: undo `patch` exactly; in place; returns `model`. What was attached or set to be skipped stays."""
+    from ..ops._casts import forget
+
     _check_model(model, "unpatch")
     for module in model.modules():
         patched = registry.patched_by(type(module))
@@ -77,6 +79,7 @@ def unpatch(model: nn.Module) -> nn.Module:
             module.__class__ = patched[1]
             for key in _STATE:
                 module.__dict__.pop(key, None)
+    forget(model.parameters())
     return model
 
 

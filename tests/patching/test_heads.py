@@ -104,9 +104,14 @@ def test_declined():
     assert [row.name for row in rows(other)] == ["0.lm_head"]
 
 
-def test_mixed_dtypes_run_the_original():
+def test_mixed_dtypes():
+    """Under autocast they are cast; elsewhere the original forward says no."""
     model = fastpetl.patch(text_model("bart").requires_grad_(False))
     x = torch.randn(2, model.lm_head.in_features)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.lm_head(x).dtype == torch.bfloat16
-    assert "autocast" in rows(model)[0].reason
+        y = model.lm_head(x)
+        torch.testing.assert_close(y, torch.nn.functional.linear(x, model.lm_head.weight))
+    assert "dtype" not in rows(model)[0].reason
+    with pytest.raises(RuntimeError):
+        model.lm_head(x.bfloat16())
+    assert "weight has dtype torch.float32, the input torch.bfloat16" in rows(model)[0].reason
