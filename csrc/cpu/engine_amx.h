@@ -246,7 +246,7 @@ template <int PLANES> struct EngineAmx {
     const __m512 rest = _mm512_sub_ps(t[0], t[0]);
     return _mm512_mask_add_ps(t[0], _mm512_cmp_ps_mask(rest, rest, _CMP_ORD_Q), _mm512_add_ps(t[0], t[1]), t[2]);
   }
-  // rows a .. a + 3 of the product with 32 columns, by FMA
+  // rows a .. a + 3 of the product with 32 columns, by FMA; those without a NaN stay: theirs are not their neighbours' business
   static __attribute__((noinline)) void again(const Elem* a, const Elem* b0, const Elem* b1, int64_t kt, float* c, const float* before) {
     __m512 sum[4][2];
     for (int i = 0; i < 4; ++i)
@@ -260,8 +260,11 @@ template <int PLANES> struct EngineAmx {
           sum[i][1] = _mm512_fmadd_ps(x, w1, sum[i][1]);
         }
       }
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
+      const __m512 row = _mm512_add_ps(_mm512_loadu_ps(c + i * NP), _mm512_loadu_ps(c + i * NP + 16));
+      if (!_mm512_cmp_ps_mask(row, row, _CMP_UNORD_Q)) continue;
       for (int j = 0; j < 2; ++j) _mm512_storeu_ps(c + i * NP + j * 16, sum[i][j]);
+    }
   }
 };
 
