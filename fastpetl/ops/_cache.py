@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
+from .._autocast import autocast_dtype
 from ._common import needs_grad
 from ._pack import Sample, as_made, state
 
@@ -38,7 +41,9 @@ class WeightCache:
         if held is None or held[0] != now or not held[1].same():
             self._held.pop(key, None)  # free the old one first
             # Normal tensors of their own dtype, whatever mode this call is in: they may meet another in a later one.
-            apart = torch.autocast(sources[0].device.type, enabled=False)
+            first = sources[0]
+            cast = autocast_dtype(first) is not None
+            apart = torch.autocast(first.device.type, enabled=False) if cast else contextlib.nullcontext()
             with torch.inference_mode(False), torch.no_grad(), apart:
                 held = (now, Sample(sources), as_made(make()), [t.detach() for t in sources])
             self._held[key] = held
