@@ -144,7 +144,7 @@ def tile(d, r, split=False, fold=True, r1=None, r2=0, block_m=256, block=256):
         (199, 760, 96, 128, 0, RMSNORM),
         (199, 1128, 100, 128, 0, LAYERNORM),
         (70, 768, 192, 128, 64, RMSNORM),
-        (1, 768, 8, 16, 0, LAYERNORM),
+        (1, 768, 16, 16, 0, LAYERNORM),
     ],
 )
 def test_one_launch(rows, d, r, r1, r2, dtype, tail):

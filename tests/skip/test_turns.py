@@ -25,8 +25,11 @@ def test_each_sample_runs_its_own_blocks(name, patch):
     with torch.no_grad():
         want = values(model(**given))
         before = everything(model)
+        # Streams of four or five tokens: where samples may go their own ways, "auto" leaves out kernels that give so few
+        # rows other bits than many.
+        same = torch.equal if not patch or name not in ("decoder", "lxmert") else lambda a, b: relative(a, b) <= 1e-6
         for keep_all in ([False] * n, [[False] * n] * BATCH):
-            assert torch.equal(output(model, given, keep_all), want)
+            assert same(output(model, given, keep_all), want)
         got = output(model, given, mask)
         few = output(model, given, mask, capacity=BATCH - 1) if not (~mask).all(0).any() else None
         for b in range(BATCH):
