@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastpetl.nn.adapter import ACTIVATIONS
 from fastpetl.nn.inline import HOOKS
 from fastpetl.nn.parts import inlined
 
@@ -70,3 +71,81 @@ def _is_gelu(function) -> bool:
     if not isinstance(got, torch.Tensor) or got.dtype != x.dtype or got.shape != x.shape:
         return False
     return bool(((got - want).abs() <= _TOLERANCE * x.abs().clamp_min(1)).all())
+
+
+# --- adapters' activations: modules of anybody's class ----------------------------------------------------------------
+
+# activation -> (its state, its name, what keeps the ids in it its own). Never read while Dynamo traces: it would guard
+# on all models there are, each new one would recompile those before it, and one that dies meanwhile would break it.
+_names: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_alike: dict[tuple, str | None] = {}  # what an activation is made of -> its name
+_OF_MODULES = frozenset(nn.Module().__dict__) - {"training"}
+_PLAIN = (str, int, float, types.NoneType, types.FunctionType, types.BuiltinFunctionType)
+
+
+def activation_name(activation: nn.Module) -> str | None:
+    """Semantics: which of ACTIVATIONS it is, told by its values (its class is anybody's), or None. Under torch.compile,
+    where there are no values: what one made alike was found to be, and None if there was none.
+    """
+    if torch.compiler.is_compiling():
+        return _found_alike(_parts(activation))
+    held = [v for m in activation.modules() for k, v in (*m.__dict__.items(), *m._modules.items()) if k[0] != "_"]
+    state = [v if isinstance(v, str | int | float | None) else id(v) for v in held]
+    found = _names.get(activation)
+    if found is None or found[0] != state:
+        found = _names[activation] = (state, _name_by_values(activation), held)
+        key = _key(_parts(activation))
+        if key is not _Unlike:
+            _alike[key] = found[1]
+    return found[1]
+
+
+def _name_by_values(activation) -> str | None:
+    with torch.no_grad():
+        x = torch.linspace(-6, 6, 97)
+        y = activation(x)
+        names = [n for n, f in ACTIVATIONS.items() if y.shape == x.shape and (f(x) - y).abs().max() <= 2e-6]
+    return names[0] if names else None
+
+
+class _Unlike:
+    """In place of what may differ from its like: a tensor, an object, a function with a closure."""
+
+
+def _parts(activation) -> tuple:
+    """Its modules' classes and attributes, as far as Dynamo hands them to a function as constants. The guards are then
+    on these, which other instances share, and on no instance.
+    """
+    found = []
+    for name, module in activation.named_modules():
+        own = [(k, _part(v)) for k, v in module.__dict__.items() if k not in _OF_MODULES]
+        trained = _Unlike if module._parameters or module._buffers else None
+        found.append((name, type(module), trained, *own))
+    return tuple(found)
+
+
+def _part(value):
+    if isinstance(value, dict):
+        return dict, *[(k, _part(v)) for k, v in value.items()]
+    if isinstance(value, list | tuple):
+        return type(value), *[_part(v) for v in value]
+    return value if isinstance(value, _PLAIN) else _Unlike
+
+
+def _found_alike(parts: tuple) -> str | None:
+    return _alike.get(_key(parts))
+
+
+_found_alike._dynamo_marked_constant = True
+
+
+def _key(part):
+    """Semantics: equal for parts that compute the same; `_Unlike` where that is not known. Keeps no function alive."""
+    if isinstance(part, tuple):
+        keys = tuple(_key(value) for value in part)
+        return _Unlike if any(key is _Unlike for key in keys) else keys
+    if isinstance(part, types.FunctionType):
+        if part.__closure__ is not None or part.__kwdefaults__ is not None:
+            return _Unlike
+        return _key((types.FunctionType, part.__module__, part.__code__, part.__defaults__))
+    return part if isinstance(part, (*_PLAIN, type, types.CodeType)) else _Unlike

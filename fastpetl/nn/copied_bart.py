@@ -6,33 +6,17 @@ its children and proven by numbers (patching/_probe.py). Its AdapterController i
 
 from __future__ import annotations
 
-import weakref
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastpetl.nn.activations import activation_name
 from fastpetl.nn.adapter import ACTIVATIONS
 from fastpetl.nn.bart import PROJECTIONS, _FusedDecoder, _FusedEncoder, _FusedLayer
 from fastpetl.nn.inline import Inlined, note_fallback, structure
 from fastpetl.nn.parts import Fused, attend, heads, key_mask
 
 ADAPTER = {"activation", "down_sampler", "up_sampler"}
-_NAMES: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
-def activation_name(activation: nn.Module) -> str | None:
-    """Semantics: which of ACTIVATIONS it is, told by its values (its class is anybody's), or None."""
-    held = [v for m in activation.modules() for k, v in (*m.__dict__.items(), *m._modules.items()) if k[0] != "_"]
-    state = [v if isinstance(v, str | int | float | None) else id(v) for v in held]
-    found = _NAMES.get(activation)
-    if found is None or found[0] != state:
-        with torch.no_grad():
-            x = torch.linspace(-6, 6, 97)
-            y = activation(x)
-            names = [n for n, f in ACTIVATIONS.items() if y.shape == x.shape and (f(x) - y).abs().max() <= 2e-6]
-        found = _NAMES[activation] = (state, names[0] if names else None, held)
-    return found[1]
 
 
 def controller_structure(controller: nn.Module, task: str | None = None) -> dict[str, Inlined]:
