@@ -26,7 +26,7 @@ from fastpetl.nn.inline import (
     structure_reason,
     weight_and_bias,
 )
-from fastpetl.nn.tasks import in_one_launch, per_sample, stacked, task_ids
+from fastpetl.nn.tasks import in_one_launch, name_of, per_sample, stacked, task_ids
 
 SHARINGS = ("single", "half", "multiple")
 
@@ -131,8 +131,7 @@ class AdapterController(nn.Module):
 
     def _distinct(self, tasks) -> tuple[str, ...]:
         """Semantics: `tasks` with one name, the controller's first, for all that share an adapter."""
-        first = {id(adapter): task for task, adapter in reversed(self.adapters._modules.items())}
-        named = {task: first[id(self.adapter(task))] for task in dict.fromkeys(tasks)}
+        named = {task: name_of(self.adapter(task), self.adapters._modules) for task in dict.fromkeys(tasks)}
         return tuple(named[task] for task in tasks)
 
 

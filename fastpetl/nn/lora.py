@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastpetl.nn.inline import call_reason, listened, note_fallback, read_dtype
-from fastpetl.nn.tasks import Told, in_one_launch, per_sample, stacked, task_ids
+from fastpetl.nn.tasks import Told, in_one_launch, name_of, only_name, per_sample, stacked, task_ids
 
 
 class LoRALinear(Told, nn.Linear):
@@ -46,8 +46,8 @@ class LoRALinear(Told, nn.Linear):
         downs, ups = (self._modules[name]._parameters for name in ("lora_As", "lora_Bs"))
         if len(downs) < len(self._modules["lora_As"]):  # a DataParallel replica's are its attributes
             downs, ups = self.lora_As, self.lora_Bs
-        if task is None and len(set(map(id, downs.values()))) == 1:
-            task = next(iter(downs))
+        if task is None:
+            task = only_name(downs)
         if task not in downs:
             raise ValueError(
                 f"LoRALinear: task is {task!r}, expected one of {', '.join(self.tasks)}: fastpetl.task(model, name), "
@@ -62,8 +62,8 @@ class LoRALinear(Told, nn.Linear):
         tasks = self.__dict__.get("_fastpetl_current")
         if not isinstance(tasks, tuple | list):
             return tasks
-        first = {id(self.lora_As[name]): name for name in reversed(self.tasks)}
-        named = {task: first[id(self.update(task)[0])] for task in dict.fromkeys(tasks)}
+        downs = {name: self.lora_As[name] for name in self.tasks}
+        named = {task: name_of(self.update(task)[0], downs) for task in dict.fromkeys(tasks)}
         tasks = tuple(named[task] for task in tasks)
         task_ids(x, tasks, self.tasks)  # raises if they are not as many as the samples
         return tasks if len(set(tasks)) > 1 else tasks[0]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastpetl.nn.joined import joined
-from fastpetl.nn.tasks import TaskRouted, per_sample
+from fastpetl.nn.tasks import TaskRouted, only_name, per_sample
 
 
 class InputPrompts(nn.Module):
@@ -62,8 +62,8 @@ class PromptController(TaskRouted, nn.Module):
             rows = torch.arange(batch)
             return per_sample(rows, task, lambda rows, name: self.forward(len(rows), name))
         prompts = self.prompts._modules
-        if task is None and len({id(prompt) for prompt in prompts.values()}) == 1:
-            task = next(iter(prompts))
+        if task is None:
+            task = only_name(prompts)
         if task not in prompts:
             raise ValueError(
                 f"PromptController: task is {task!r}, expected one of {', '.join(prompts)}: "

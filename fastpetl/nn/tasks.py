@@ -61,6 +61,20 @@ class TellsTask(TaskRouted):
     _route = HearsTask._route
 
 
+# By identity and not by id, on which Dynamo would guard: each layer, and each model, would be compiled anew.
+
+
+def name_of(one, named) -> str:
+    """Semantics: the first name that `one` has in `named`, where several may stand for the same."""
+    return next(name for name, other in named.items() if other is one)
+
+
+def only_name(named) -> str | None:
+    """Semantics: the first of the names, if all stand for the same; else None."""
+    (name, one), *others = named.items()
+    return name if all(other is one for _, other in others) else None
+
+
 def mixed(model: torch.nn.Module) -> bool:
     """Semantics: is a task for each sample set on `model`?"""
     return any(isinstance(module.__dict__.get("_fastpetl_task"), tuple) for module in model.modules())

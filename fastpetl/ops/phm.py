@@ -187,14 +187,24 @@ def _products(entries):
     groups, out = {}, list(entries)
     for i, e in enumerate(entries):
         if isinstance(e, tuple):
-            groups.setdefault((e[0].shape, e[1].shape), {}).setdefault((id(e[0]), id(e[1])), []).append(i)
+            group = groups.setdefault((e[0].shape, e[1].shape), [])
+            # By identity and not by id, on which Dynamo would guard: each layer would be compiled anew.
+            same = next((where for where in group if _same(entries[where[0]], e)), None)
+            if same is None:
+                group.append([i])
+            else:
+                same.append(i)
     for group in groups.values():
-        firsts = [entries[where[0]] for where in group.values()]
+        firsts = [entries[where[0]] for where in group]
         products = torch.stack([e[0] for e in firsts]) @ torch.stack([e[1] for e in firsts])
-        for where, product in zip(group.values(), products.unbind(), strict=True):
+        for where, product in zip(group, products.unbind(), strict=True):
             for i in where:
                 out[i] = product
     return out
+
+
+def _same(pair, other) -> bool:
+    return pair[0] is other[0] and pair[1] is other[1]
 
 
 # --- the call ---------------------------------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ def test_each_sample_runs_its_own_blocks(name, patch):
     with torch.no_grad():
         want = values(model(**given))
         before = everything(model)
-        # Streams of four or five tokens: where samples may go their own ways, "auto" leaves out kernels that give so few
-        # rows other bits than many.
+        # Streams of four or five tokens: where samples may go their own ways, "auto" leaves out kernels that give so
+        # few rows other bits than many.
         same = torch.equal if not patch or name not in ("decoder", "lxmert") else lambda a, b: relative(a, b) <= 1e-6
         for keep_all in ([False] * n, [[False] * n] * BATCH):
             assert same(output(model, given, keep_all), want)
@@ -272,7 +272,6 @@ def test_compiled_once_for_all_masks(name, patch, capacity):
     model, given, mask = build(name, "auto" if patch else None).train(), inputs(name, 3), mask_of(name, 3)
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
-    values(model(**given))  # which activation a copied adapter has is seen in its values, not in a graph that is traced
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for one in (mask, ~mask, torch.zeros_like(mask)):
         policy = policies.Masks(one, capacity=capacity)
