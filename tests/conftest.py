@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import os
 import random
+import sys
 
 # `make test` shares the tests between two processes. Each then has one thread, and what it starts has: more would wait
 # for the other's. Tests of threads say how many they want.
@@ -89,3 +90,11 @@ def seeds():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled():
+    """Nor does a test find graphs of others: they share code, ours and their own, and Dynamo's limit for it."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()

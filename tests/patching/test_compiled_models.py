@@ -21,12 +21,10 @@ MIXED = ("nlvr", "vqa", "vqa")
 AT_ONCE = ("bert", "vlbart", "copied_clipvil")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def counter():
     """The backend to compile with; counter.frame_count: how many graphs there were."""
-    torch._dynamo.reset()
-    yield CompileCounter()
-    torch._dynamo.reset()
+    return CompileCounter()
 
 
 def graphs(build, call, counter, models=3):
