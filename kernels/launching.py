@@ -29,41 +29,52 @@ def launch(kernel, grid, *args, **options):
     A kernel that was launched before with arguments of the same kinds is called directly: Triton's own front door takes
     longer to find it than a small kernel runs. All that a compiled kernel may depend on is in the key: dtypes, which
     arguments are None, what Triton specialises integers on; tensors that do not lie at 16 bytes take the front door.
+    It gets addresses, which Triton's launcher takes as they are: of a tensor it would ask the address once more, and
+    the driver whose it is.
     """
     if INTERPRETED:
         kernel[grid](*args, **options)
         return
-    key, low = [id(kernel), torch.cuda.current_device(), *options.values()], 0
-    append = key.append
+    key, low, values = [id(kernel), torch.cuda.current_device(), *options.values()], 0, []
+    append, give = key.append, values.append
     for a in args:
         kind = type(a)
         if kind is _TENSOR or kind is _PARAMETER:  # what most are
             append(a.dtype)
-            low |= a.data_ptr()
+            give(address := a.data_ptr())
+            low |= address
         elif a is None or kind is float:
             append(kind)
+            give(a)
         elif kind is int:
             append((a == 1, a % 16 == 0, -_WORD <= a < _WORD))
+            give(a)
         elif kind is tuple:  # tensors of tensors: rare, and of any depth
             low = 1
         else:
             append(a.dtype)
-            low |= a.data_ptr()
+            give(address := a.data_ptr())
+            low |= address
     key = tuple(key)
     found = _COMPILED.get(key)
     if found is not None and not low & 15:
         compiled, run, function, packed, constants = found
         grid = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        if RUNTIME.launch_enter_hook is None and RUNTIME.launch_exit_hook is None:
-            stream = torch._C._cuda_getCurrentRawStream(key[1])
-            run(*grid, stream, function, packed, None, None, None, *args, *constants)
-        else:  # a profiler listens
+        if _listens(RUNTIME.launch_enter_hook) or _listens(RUNTIME.launch_exit_hook):  # a profiler
             compiled[grid](*args, *constants)
+        else:
+            stream = torch._C._cuda_getCurrentRawStream(key[1])
+            run(*grid, stream, function, packed, None, None, None, *values, *constants)
         return
     compiled = kernel[grid](*args, **options)
     if compiled is not None and not low & 15:
         constants = [options[name] for name in kernel.arg_names[len(args) :]]
         _COMPILED[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
+
+
+def _listens(hook) -> bool:
+    """Whether anybody hears of launches: Triton's hook is a chain, without a link where nobody does, and never None."""
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -32,7 +32,8 @@ class Launcher:
         self.attributes = sorted(str(v) for v in source.attrs.values())
         self.signature = dict(source.signature)
     def __call__(self, x, y, z, stream, function, packed, metadata, enter, leave, *args):
-        args = [a.data_ptr() % 16 if isinstance(a, torch.Tensor) else a for a in args]
+        args = [a.data_ptr() if isinstance(a, torch.Tensor) else a for a in args]
+        args[:2] = [a if a is None else a % 16 for a in args[:2]]
         CALLS.append([[x, y, z], stream, args, self.signature, self.attributes])
 
 class Device:
@@ -49,19 +50,23 @@ torch._C._cuda_getCurrentRawStream = lambda device: 5
 from fastpetl.kernels import launching
 from launching_kernel import add
 
-front = []
-run = type(add).run
+front, back = [], []
+run, getitem = type(add).run, triton.compiler.CompiledKernel.__getitem__
 def counted(self, *args, **kwargs):
     front.append(1)
     return run(self, *args, **kwargs)
 type(add).run = counted
+def heard(self, grid):
+    back.append(1)
+    return getitem(self, grid)
+triton.compiler.CompiledKernel.__getitem__ = heard
 
 x, half = torch.zeros(40), torch.zeros(40, dtype=torch.float16)
 found = []
 def launch(what, x, y, n, scale=1.0, block=16):
-    front.clear(), CALLS.clear()
+    front.clear(), back.clear(), CALLS.clear()
     launching.launch(add, (3,), x, y, n, scale, BLOCK=block, num_warps=1)
-    found.append([what, len(front), *CALLS[-1]])
+    found.append([what, len(front) + 2 * len(back), *CALLS[-1]])
 
 launch("first", x, x, 40)
 launch("again", x, x, 41)
@@ -75,8 +80,13 @@ launch("another dtype", half, half, 41)
 launch("another constant", x, x, 41, block=32)
 launch("64 bits", x, x, 1 << 31)
 launch("32 bits after it", x, x, 41)
-triton.knobs.runtime.launch_enter_hook = lambda metadata: None
+hook = lambda metadata: None
+triton.knobs.runtime.launch_exit_hook.add(hook)
 launch("with a profiler", x, x, 41)
+triton.knobs.runtime.launch_exit_hook.remove(hook)
+launch("without it", x, x, 41)
+triton.knobs.runtime.launch_enter_hook = hook
+launch("with one in the chain's place", x, x, 41)
 print(json.dumps(found))
 """
 
@@ -109,9 +119,10 @@ def found(tmp_path_factory):
     ("what", "through_triton"),
     [("first", 1), ("again", 0), ("another scale", 0), ("misaligned", 1), ("misaligned again", 1)]
     + [("aligned after it", 0), ("None", 1), ("None again", 0), ("another dtype", 1), ("another constant", 1)]
-    + [("64 bits", 1), ("32 bits after it", 0)],
+    + [("64 bits", 1), ("32 bits after it", 0), ("without it", 0)],
 )
 def test_who_finds_the_kernel(found, what, through_triton):
+    """1: Triton's front door, 0: nobody but the compiled kernel's launcher."""
     assert found[what][0] == through_triton
 
 
@@ -131,4 +142,5 @@ def test_each_kind_of_argument_has_its_kernel(found):
 
 
 def test_a_profilers_hook_is_heard(found):
-    assert found["with a profiler"][1:4] == [[3, 1, 1], 5, [0, 0, 41, 1.0, 16]]
+    for what in ("with a profiler", "with one in the chain's place"):  # 2: by the compiled kernel's own door
+        assert found[what][:4] == [2, [3, 1, 1], 5, [0, 0, 41, 1.0, 16]]
