@@ -18,8 +18,8 @@ _FORCED = os.environ.encodekey("FASTPETL_BACKEND")
 _TORCH = ("torch",)
 
 # Elements from which one Triton kernel beats torch's two: it saves 2.4 us a million on an H200 (benchmarks/NOTES.md),
-# and calling it takes 10 us longer.
-SMALL = 1 << 22
+# but calling it takes 50 us longer, and below this Python is what a model of such layers waits for.
+SMALL = 1 << 24
 
 
 def eager(op: str, backend: str, x: torch.Tensor) -> tuple[str, ...]:

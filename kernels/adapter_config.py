@@ -35,8 +35,8 @@ class Config(NamedTuple):
 
 
 # (largest r, r1, r2, tiles), r beyond the last entry is split; a tile is (row limit, block_m, block_k, block_n,
-# num_warps, num_stages, fold). Folding costs a small launch of its own, which pays from 32768 rows on, in a site
-# sooner.
+# num_warps, num_stages, fold). Folding costs a small launch of its own, which pays from 32768 rows on; in a site a
+# little sooner, but not what Python takes to launch it.
 # r = 96, and the backward of r = 192: the fastest of 22 to 45 tiles that do not spill, for 2048, 16384 and 65536 rows,
 # on an H200 and an
 # H100 (benchmarks/NOTES.md); the others follow.
@@ -68,7 +68,7 @@ HALF_BACKWARD = (
 
 HALF_SITE_FORWARD = (
     *HALF_FORWARD[:3],
-    (96, 64, 32, (FEW, (None, 64, 64, 64, 4, 3, True))),
+    (96, 64, 32, _FORWARD),
     *HALF_FORWARD[3:],
 )
 # The norm behind it takes registers: with 4 warps 64 rows spill beyond r = 96.
