@@ -19,6 +19,7 @@ from .products import product
 _KIND = {torch.float32: "float", torch.bfloat16: "half", torch.float16: "half"}
 _WIDEST = 1 << 22  # offsets inside a tile of 128 rows fit 32 bits
 DX, DW_DOWN, DB_DOWN, DW_UP, DB_UP, DNORM_WEIGHT, DNORM_BIAS = (1 << i for i in range(7))
+EVERYTHING = (1 << 7) - 1
 
 
 def verify(
@@ -47,17 +48,18 @@ def verify(
 
 
 def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, add_x, eps, activation, scale,
-                    save, *, config: Config | None = None):  # fmt: skip
+                    save, *, config: Config | None = None, fits: bool = False):  # fmt: skip
     """Semantics: y[i] = scale*(act(n(x[i]) w_down^T + b_down) w_up^T + b_up) + (x[i] if add_x) + res1[i] + res2[i].
 
     x, res1, res2 [rows, d]; w_down [r, d]; w_up [d, r]; n is LayerNorm iff norm_weight is given. All contiguous and of
     one dtype. activation: 0 identity, 1 relu, 2 gelu (erf), 3 gelu_tanh, 4 silu. Statistics and sums in fp32; rounded
     to the dtype: z, act(z), y, and n(x), or with `config.fold` w_down*norm_weight in its place.
     Returns (y, z, stats): with `save` z [rows, r] is the pre-activation and stats [rows, 2] fp32 are (mean, rstd).
-    `config` overrides the table's choice (tuning and tests).
+    `config` overrides the table's choice (tuning and tests). `fits`: who calls has seen to all of this, and x, the
+    residuals and y may have any number of dimensions in place of rows.
     """
-    rows, d, r = _sizes("adapter_forward", x, w_down)
-    _check(
+    rows, d, r = _sizes("adapter_forward", x, w_down, fits)
+    fits or _check(
         "adapter_forward", x,
         (("w_down", w_down, (r, d)), ("b_down", b_down, (r,)), ("w_up", w_up, (d, r)), ("b_up", b_up, (d,)),
          ("norm_weight", norm_weight, (d,)), ("norm_bias", norm_bias, (d,)), ("res1", res1, (rows, d)),
@@ -67,7 +69,7 @@ def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1,
     cfg = config or adapter_config.select(_KIND[x.dtype], "forward", d, r, rows)
     y = torch.empty_like(x)
     z = x.new_empty((rows, r) if save else (0,))
-    stats = x.new_empty((rows, 2) if save and norm else (0,), dtype=torch.float32)
+    stats = x.new_empty((rows, 2) if norm else (0,), dtype=torch.float32) if save else z
     if rows == 0:
         return y, z, stats
     with launching.on_device(x):
@@ -91,22 +93,23 @@ def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1,
 
 
 def adapter_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, add_x, activation, scale, needs,
-                     *, config: Config | None = None):  # fmt: skip
+                     *, config: Config | None = None, fits: bool = False):  # fmt: skip
     """Semantics: (dx, dw_down, db_down, dw_up, db_up, dnorm_weight, dnorm_bias) of adapter_forward, from grad = dL/dy.
 
-    `needs` is a bit mask in that order; what is not needed comes back with 0 elements, and costs nothing. dx includes
-    grad itself iff add_x. z and stats are adapter_forward's. Sums in fp32, no atomics: the same bits every time.
+    `needs` is a bit mask in that order; what is not needed comes back with 0 elements (and may be one tensor), and
+    costs nothing. dx includes grad itself iff add_x. z and stats are adapter_forward's, `fits` is as there. Sums in
+    fp32, no atomics: the same bits every time.
     The gradients of the norm's weight and bias come from r x d products, never from a sum over rows:
     dnorm_weight = sum_r (dz^T xhat)*w_down, dnorm_bias = w_down^T (column sums of dz).
     """
-    rows, d, r = _sizes("adapter_backward", x, w_down)
+    rows, d, r = _sizes("adapter_backward", x, w_down, fits)
     norm = norm_weight is not None
-    _check(
+    fits or _check(
         "adapter_backward", x,
         (("grad", grad, (rows, d)), ("z", z, (rows, r)), ("w_down", w_down, (r, d)), ("w_up", w_up, (d, r)),
          ("norm_weight", norm_weight, (d,)), ("norm_bias", norm_bias, (d,))),
     )  # fmt: skip
-    if norm:
+    if norm and not fits:
         launching.check_tensor("adapter_backward", "stats", stats, (rows, 2), torch.float32, x.device, "x and w_down")
     cfg = config or adapter_config.select(_KIND[x.dtype], "backward", d, r, rows)
 
@@ -119,7 +122,8 @@ def adapter_backward(grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, ad
 def _gradients(cfg, grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, activation, scale, needs, over_rows):
     """adapter_backward's results. over_rows launches what reads the rows, given its arguments, its sizes and the width
     of h; where only db_up is needed it is not called."""
-    (rows, d), r, norm = x.shape, w_down.shape[0], norm_weight is not None
+    (r, d), norm = w_down.shape, norm_weight is not None
+    rows = x.numel() // d
     if norm_weight is None:
         needs &= ~(DNORM_WEIGHT | DNORM_BIAS)
     elif norm_bias is None:
@@ -144,7 +148,10 @@ def _gradients(cfg, grad, x, z, stats, w_down, w_up, norm_weight, norm_bias, act
         if part is not None:
             sums = part.sum(0)
         rest = _weight_gradients(grad, x, stats, q, h, sums, w_down, w_up, norm_weight, norm_bias, scale, qscale, needs)
-    return (x.new_empty(0) if dx is None else dx, *rest)
+    if needs == EVERYTHING:
+        return (dx, *rest)
+    nothing = x.new_empty(0)
+    return tuple([nothing if t is None else t for t in (dx, *rest)])
 
 
 def _tile(cfg):
@@ -171,34 +178,39 @@ def _backward_rows(cfg, add_x, args, shape, h_width):
 
 
 def _weight_gradients(grad, x, stats, q, h, sums, w_down, w_up, norm_weight, norm_bias, scale, qscale, needs):
-    """The six parameter gradients: two products over the rows (cuBLAS: deterministic, bound by memory), one launch."""
+    """The six parameter gradients, None for what is not needed: two products over the rows (cuBLAS: deterministic,
+    bound by memory), one launch.
+    """
     r, d = w_down.shape
     gd = gu = None
     if needs & (DW_DOWN | DNORM_WEIGHT):
-        right = x
+        right = x.view(-1, d)
         if norm_weight is not None and not qscale:
-            right = ((x - stats[:, :1]) * stats[:, 1:]).to(x.dtype)
+            right = ((right - stats[:, :1]) * stats[:, 1:]).to(x.dtype)
         gd = product(q, right)
+    if needs & (DW_UP | DB_UP):
+        grad = grad.view(-1, d)
     if needs & DW_UP:
         gu = product(grad, h)
-
-    def like(bit, t):
-        return torch.empty_like(t) if needs & bit else x.new_empty(0)
-
-    dw_down, dw_up = like(DW_DOWN, w_down), like(DW_UP, w_up)
-    db_down = x.new_empty(r) if needs & DB_DOWN else x.new_empty(0)
-    db_up = x.new_empty(d) if needs & DB_UP else x.new_empty(0)
-    dgamma, dbeta = like(DNORM_WEIGHT, norm_weight), like(DNORM_BIAS, norm_bias)
+    there = (DW_DOWN, w_down), (DB_DOWN, None), (DW_UP, w_up), (DB_UP, None), (DNORM_WEIGHT, norm_weight)
+    outputs = []
+    for bit, t in (*there, (DNORM_BIAS, norm_bias)):
+        if not needs & bit:
+            outputs.append(None)
+        elif t is None:
+            outputs.append(x.new_empty(r if bit == DB_DOWN else d))
+        else:
+            outputs.append(torch.empty_like(t))
+    made = tuple(outputs)
     if needs & DB_UP and gu is None:
-        db_up = (grad.sum(0, dtype=torch.float32) * scale).to(x.dtype)
-    outputs = [dw_down, db_down, dw_up, db_up if gu is not None else None, dgamma, dbeta]
-    outputs = [t if t is not None and t.numel() else None for t in outputs]
-    if any(t is not None for t in outputs):
+        made[3].copy_(grad.sum(0, dtype=torch.float32) * scale)
+        outputs[3] = None
+    if needs & ~(DX | DB_UP) or gu is not None:
         columns, bottleneck = adapter_config.WEIGHT_GRADS_TILE
         launching.launch(K.weight_grads, (launching.cdiv(d, columns),), gd, gu, sums, w_down, norm_weight, norm_bias,
                          *outputs, float(scale), D=d, R=r, HLD=(r // 16 + 1) * 16, BD=columns, BR=bottleneck,
                          QSCALE=qscale, num_warps=4)  # fmt: skip
-    return dw_down, db_down, dw_up, db_up, dgamma, dbeta
+    return made
 
 
 def _down(cfg, w_down, b_down, norm_weight, norm_bias):
@@ -214,7 +226,7 @@ def _fold(w_down, b_down, norm_weight, norm_bias):
     """The down weights with the LayerNorm's gain and centring folded in, see adapter_kernels.fold_weights."""
     r, d = w_down.shape
     folded = torch.empty_like(w_down)
-    row_sums, bias = w_down.new_empty(2, r, dtype=torch.float32)
+    row_sums, bias = (w_down.new_empty(r, dtype=torch.float32) for _ in range(2))
     rows, columns = adapter_config.FOLD_TILE
     columns = min(columns, adapter_config.power_of_two(d))
     launching.launch(K.fold_weights, (launching.cdiv(r, rows),), w_down, b_down, norm_weight, norm_bias, folded,
@@ -222,7 +234,10 @@ def _fold(w_down, b_down, norm_weight, norm_bias):
     return folded, bias, row_sums, None, None
 
 
-def _sizes(function: str, x, w_down):
+def _sizes(function: str, x, w_down, fits: bool = False):
+    if fits:
+        r, d = w_down.shape
+        return x.numel() // d, d, r
     for name, t in (("x", x), ("w_down", w_down)):
         if t.dim() != 2:
             raise ValueError(f"{function}: {name} has shape {tuple(t.shape)}, expected two dimensions")

@@ -29,7 +29,8 @@ def verify(
 
 
 def site_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, tail_weight, tail_bias, add_x, eps,
-                 activation, scale, tail, tail_eps, emit_s, save, *, config: Config | None = None):  # fmt: skip
+                 activation, scale, tail, tail_eps, emit_s, save, *, config: Config | None = None,
+                 fits: bool = False):  # fmt: skip
     """Semantics: s[i] = scale*(act(own(x[i]) w_down^T + b_down) w_up^T + b_up) + (x[i] if add_x) + res1[i] + res2[i],
     n[i] = norm(s[i]).
 
@@ -39,25 +40,29 @@ def site_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, re
     Returns (s, n, z, stats, tail_stats): s unless neither emit_s nor save asks for it; with `save` z [rows, r], the
     pre-activation, and fp32 [rows, 2] (mean, rstd) of x (with norm_weight) and of s (mean 0 for RMSNorm). What is not
     asked for has no elements, and may be one tensor. `config` overrides the table's choice (tuning and tests).
+    `fits`: who calls has seen to all of this, and x, the residuals, s and n may have any number of dimensions in place
+    of rows.
     """
     name = "site_forward"
-    rows, d, r = adapter._sizes(name, x, w_down)
-    adapter._check(
+    rows, d, r = adapter._sizes(name, x, w_down, fits)
+    fits or adapter._check(
         name, x,
         (("w_down", w_down, (r, d)), ("b_down", b_down, (r,)), ("w_up", w_up, (d, r)), ("b_up", b_up, (d,)),
          ("norm_weight", norm_weight, (d,)), ("norm_bias", norm_bias, (d,)), ("res1", res1, (rows, d)),
          ("res2", res2, (rows, d)), ("tail_weight", tail_weight, (d,)), ("tail_bias", tail_bias, (d,))),
     )  # fmt: skip
-    _check_tail(name, d, tail, tail_weight)
+    fits and d <= residual_norm.WIDEST or _check_tail(name, d, tail, tail_weight)
     cfg = config or adapter_config.select(adapter._KIND[x.dtype], name, d, r, rows)
     if cfg.split:
-        s, z, stats = adapter.adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2,
-                                              add_x, eps, activation, scale, save, config=config)  # fmt: skip
+        s, z, stats = adapter.adapter_forward(
+            x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, add_x, eps, activation, scale, save,
+            config=config, fits=fits,
+        )  # fmt: skip
         _, n, tail_stats = residual_norm.residual_norm_forward(
-            s, None, tail_weight, tail_bias, None, None, tail, residual_norm.NORM, tail_eps, 0.0, save
+            s.view(rows, d), None, tail_weight, tail_bias, None, None, tail, residual_norm.NORM, tail_eps, 0.0, save
         )
-        return s if emit_s or save else x.new_empty(0), n, z, stats, tail_stats
-    n, s, z, stats, tail_stats = _results(x, r, emit_s, save, norm_weight is not None)
+        return s if emit_s or save else x.new_empty(0), n.view(x.shape), z, stats, tail_stats
+    n, s, z, stats, tail_stats = _results(x, rows, r, emit_s, save, norm_weight is not None)
     if rows == 0:
         return s, n, z, stats, tail_stats
     with launching.on_device(x):
@@ -74,38 +79,42 @@ def site_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, re
 
 
 def site_backward(g_s, g_n, s, tail_stats, tail_weight, x, z, stats, w_down, w_up, norm_weight, norm_bias, add_x,
-                  activation, scale, tail, needs, *, config: Config | None = None):  # fmt: skip
+                  activation, scale, tail, needs, *, config: Config | None = None, fits: bool = False):  # fmt: skip
     """Semantics: (g, dx, dw_down, db_down, dw_up, db_up, dnorm_weight, dnorm_bias, dtail_weight, dtail_bias) of
     site_forward, from g_s = dL/ds (None: s was not used) and g_n = dL/dn.
 
     g = g_s + the gradient of s through the tail, rounded: always given, it is the gradient of res1 and res2 too. The
-    other nine come back with 0 elements where their bit of `needs` (0 ... 8, in this order) is not set. s, tail_stats,
-    z and stats are site_forward's. Sums in fp32, no atomics: the same bits every time.
+    other nine come back with 0 elements (and may be one tensor) where their bit of `needs` (0 ... 8, in this order) is
+    not set. s, tail_stats, z and stats are site_forward's, `fits` is as there. Sums in fp32, no atomics: the same bits
+    every time.
     """
     name = "site_backward"
-    rows, d, r = adapter._sizes(name, x, w_down)
-    adapter._check(
+    rows, d, r = adapter._sizes(name, x, w_down, fits)
+    fits or adapter._check(
         name, x,
         (("g_s", g_s, (rows, d)), ("g_n", g_n, (rows, d)), ("s", s, (rows, d)), ("tail_weight", tail_weight, (d,)),
          ("z", z, (rows, r)), ("w_down", w_down, (r, d)), ("w_up", w_up, (d, r)), ("norm_weight", norm_weight, (d,)),
          ("norm_bias", norm_bias, (d,))),
     )  # fmt: skip
-    _check_tail(name, d, tail, tail_weight)
-    for what, t in (("tail_stats", tail_stats), ("stats", stats if norm_weight is not None else tail_stats)):
+    fits and d <= residual_norm.WIDEST or _check_tail(name, d, tail, tail_weight)
+    both = ("tail_stats", tail_stats), ("stats", stats if norm_weight is not None else tail_stats)
+    for what, t in () if fits else both:
         launching.check_tensor(name, what, t, (rows, 2), torch.float32, x.device, "x and w_down")
     cfg = config or adapter_config.select(adapter._KIND[x.dtype], name, d, r, rows)
     mine, behind = needs & ADAPTER, needs >> 7
     if cfg.split or not rows or not mine & ~adapter.DB_UP:  # without the adapter's products a row fits into registers
         wants = residual_norm.DX | (behind << 2)
+        flat = [None if t is None else t.view(rows, d) for t in (g_s, g_n, s)]
         g, _, *behind = residual_norm.residual_norm_backward(
-            g_s, g_n, s, tail_stats, tail_weight, None, None, tail, 0.0, wants
+            *flat, tail_stats, tail_weight, None, None, tail, 0.0, wants
         )
+        g = g.view(x.shape)
         rest = adapter.adapter_backward(g, x, z, stats, w_down, w_up, norm_weight, norm_bias, add_x, activation, scale,
-                                        mine, config=config)  # fmt: skip
+                                        mine, config=config, fits=fits)  # fmt: skip
         return (g, *rest, *behind)
     g, tiles = torch.empty_like(x), launching.cdiv(rows, cfg.block_m)
     part = x.new_empty(tiles, 2, d, dtype=torch.float32) if behind else None
-    dtail_weight, dtail_bias = (x.new_empty(d if behind & bit else 0) for bit in (1, 2))
+    tails = [x.new_empty(d) if behind & bit else None for bit in (1, 2)]
 
     def over_rows(args, shape, h_width):
         launching.launch(
@@ -119,20 +128,24 @@ def site_backward(g_s, g_n, s, tail_stats, tail_weight, x, z, stats, w_down, w_u
     )
     if behind:
         with launching.on_device(x):
-            residual_norm._sum_parts(part, *(t if t.numel() else None for t in (dtail_weight, dtail_bias)))
-    return (g, *rest, dtail_weight, dtail_bias)
+            residual_norm._sum_parts(part, *tails)
+    if behind != 3:
+        nothing = x.new_empty(0)
+        tails = [nothing if t is None else t for t in tails]
+    return (g, *rest, *tails)
 
 
-def _results(x, r, emit_s, save, norm):
+def _results(x, rows, r, emit_s, save, norm):
     """site_forward's (n, s, z, stats, tail_stats), uninitialised; one tensor stands for all that is not asked for: each
     costs as long as a check.
     """
-    rows, n = x.shape[0], torch.empty_like(x)
+    n = torch.empty_like(x)
     s = torch.empty_like(x) if emit_s or save else x.new_empty(0)
     if not save:
         nothing = x.new_empty(0) if emit_s else s
         return n, s, nothing, nothing, nothing
-    stats, tail_stats = (x.new_empty((rows, 2) if there else 0, dtype=torch.float32) for there in (norm, True))
+    tail_stats = x.new_empty((rows, 2), dtype=torch.float32)
+    stats = x.new_empty((rows, 2) if norm else 0, dtype=torch.float32)
     return n, s, x.new_empty((rows, r)), stats, tail_stats
 
 

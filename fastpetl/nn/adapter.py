@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure
+from fastpetl.nn.inline import Inlined, call_reason, note_fallback, structure, weight_and_bias
 
 ACTIVATIONS = {
     "identity": lambda x: x,
@@ -113,16 +113,13 @@ def fused_adapter(adapter, x: torch.Tensor, residuals: tuple, backend: str, acti
     """
     from fastpetl import ops
 
-    norm = adapter.adapter_layer_norm_before
-    down, up = adapter.down_proj, adapter.up_proj
+    norm, (norm_weight, norm_bias), _, down, up = _read(adapter)
     return ops.adapter(
         x,
-        down.weight,
-        down.bias,
-        up.weight,
-        up.bias,
-        norm_weight=None if norm is None else norm.weight,
-        norm_bias=None if norm is None else norm.bias,
+        *down,
+        *up,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
         eps=1e-5 if norm is None else norm.eps,
         activation=activation or adapter.activation,
         scale=adapter.scale,
@@ -137,33 +134,39 @@ def fused_site(adapter, x, f, norm: nn.LayerNorm, emit: str, backend: str, activ
     """
     from fastpetl import ops
 
-    own, down, up = adapter.adapter_layer_norm_before, adapter.down_proj, adapter.up_proj
+    own, (norm_weight, norm_bias), linear, down, up = _read(adapter)
     spec = site_spec(
-        down.in_features,
-        down.out_features,
+        linear.in_features,
+        linear.out_features,
         activation or adapter.activation,
         adapter.scale,
-        None if own is None else (own.eps, own.bias is not None),
-        (down.bias is not None, up.bias is not None),
+        None if own is None else (own.eps, norm_bias is not None),
+        (down[1] is not None, up[1] is not None),
         norm.eps,
         emit,
     )
-    norms = (None, None) if own is None else (own.weight, own.bias)
+    tail_weight, tail_bias = weight_and_bias(norm)
     return ops.adapter_residual_norm(
         x,
         f,
-        down.weight,
-        down.bias,
-        up.weight,
-        up.bias,
+        *down,
+        *up,
         spec=spec,
-        norm_weight=norms[0],
-        norm_bias=norms[1],
-        tail_weight=norm.weight,
-        tail_bias=norm.bias,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        tail_weight=tail_weight,
+        tail_bias=tail_bias,
         backend=backend,
         keep=keep,
     )
+
+
+def _read(adapter) -> tuple:
+    """(norm or None, its weight and bias, the down projection, its weight and bias, the up projection's)."""
+    children = adapter._modules
+    norm, down = children.get("adapter_layer_norm_before"), children["down_proj"]
+    norms = (None, None) if norm is None else weight_and_bias(norm)
+    return norm, norms, down, weight_and_bias(down), weight_and_bias(children["up_proj"])
 
 
 def site_spec(*description):

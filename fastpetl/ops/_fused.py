@@ -6,12 +6,13 @@ import torch
 
 from .. import backends
 from ..spec import AdapterSpec, site_config
-from ._adapter import run_forward as adapter_forward
-from ._common import alike, autocast_dtype, first_order, grad_mask, needs_grad, rows, through_dispatcher, unflatten
+from ._adapter import eager_forward as adapter_forward
+from ._common import alike, autocast_dtype, dense, first_order, grad_mask, needs_grad, rows, through_dispatcher
 from ._measured import choose, rows_class
-from ._site import run_backward, run_forward
+from ._site import eager_backward, eager_forward
 
 KEEPS = ("sum", "norm", "inputs")
+_NO_MORE = (None,) * 4
 
 
 def one_launch(spec, x, f, normed, mine, tail_weight, tail_bias, backend, composed, keep="sum"):
@@ -112,12 +113,12 @@ def _arranged(spec, tensors):
 
 
 def _eager(spec, tensors, grad, name, keep="sum"):
-    arranged = _arranged(spec, tensors)
+    x, *others = _arranged(spec, tensors)
     config = spec.config
     if grad:
-        return _Site.apply(*arranged, (*config, name, _kept(spec, tensors, name, keep)))
-    s, n, *_ = run_forward(name, *arranged, *config, False)
-    return (s.view(tensors[0].shape) if spec.emit == "both" else None), n.view(tensors[0].shape)
+        return _Site.apply(x, *others, (*config, name, _kept(spec, tensors, name, keep)))
+    s, n, *_ = eager_forward(name, dense(x), *others, *config, False)
+    return (s if spec.emit == "both" else None), n
 
 
 def _compiled(spec, tensors, grad, name):
@@ -150,39 +151,35 @@ class _Site(torch.autograd.Function):
         *config, name, keep = config  # one argument: each costs time
         add_x, eps, code, scale, tail, _, emit_s = config
         mine = w_down, b_down, w_up, b_up, norm_weight, norm_bias
-        x2 = rows(x)
-        s, n, z, stats, tail_stats = run_forward(name, x2, *mine, res1, res2, tail_weight, tail_bias, *config, True)
+        x = dense(x)
+        s, n, z, stats, tail_stats = eager_forward(name, x, *mine, res1, res2, tail_weight, tail_bias, *config, True)
         ctx.config = add_x, code, scale, tail, name, keep, eps
         ctx.set_materialize_grads(False)
         # Where s or n is an output, what is saved is that output: autograd then counts it once and sees writes to it.
-        outs = unflatten(s, x.shape) if emit_s else None, unflatten(n, x.shape)
-        kept, again = s if outs[0] is None else outs[0], (None,) * 4
+        kept, again = s, _NO_MORE
         if keep == "norm":
-            kept, again = outs[1], (tail_bias, None, None, None)
+            kept, again = n, (tail_bias, None, None, None)
         elif keep == "inputs":
             kept, z, stats, again = None, None, None, (b_down, b_up, res1, res2)
-        saved = tail_stats, tail_weight, x2, z, stats, w_down, w_up, norm_weight, norm_bias
+        saved = tail_stats, tail_weight, x, z, stats, w_down, w_up, norm_weight, norm_bias
         ctx.save_for_backward(kept, *saved, *again)
-        return outs
+        return (s if emit_s else None), n
 
     @staticmethod
     @first_order("adapter_residual_norm")
     def backward(ctx, g_s, g_n):
-        like = g_s if g_n is None else g_n
-        if like is None:
+        if g_s is None and g_n is None:
             return (None,) * 12
         s, *saved, one, two, res1, res2 = ctx.saved_tensors
         add_x, code, scale, tail, name, keep, eps = ctx.config
         more = (one, True) if keep == "norm" else ()
         if keep == "inputs":
-            _, _, x2, _, _, w_down, w_up, *norms = saved
-            inputs = x2, w_down, one, w_up, two, *norms, res1, res2
+            _, _, x, _, _, w_down, w_up, *norms = saved
+            inputs = x, w_down, one, w_up, two, *norms, res1, res2
             s, saved[3], saved[4] = adapter_forward(name, *inputs, add_x, eps, code, scale, True)
         needs = asked(ctx.needs_input_grad)
-        out = run_backward(name, g_s, g_n, rows(s), *saved, add_x, code, scale, tail, needs, *more)
-        grads = placed(out, needs, ctx.needs_input_grad)
-        return (*(g.view(like.shape) if g is not None and i in (0, 7, 8) else g for i, g in enumerate(grads)),
-                None)  # fmt: skip
+        out = eager_backward(name, g_s, g_n, s, *saved, add_x, code, scale, tail, needs, s_is_n=more)
+        return (*placed(out, needs, ctx.needs_input_grad), None)
 
 
 def asked(needs_input_grad) -> int:

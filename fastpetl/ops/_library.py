@@ -21,6 +21,13 @@ def register(schema, kernel, fake) -> None:
     torch.library.register_fake(f"fastpetl::{name}", fake, lib=_LIB)
 
 
+def apart(tensors) -> tuple:
+    """Semantics: the tensors, those without elements each made anew: no two of an op's results are the same tensor,
+    which a launcher's without elements may be.
+    """
+    return tuple(t if t.numel() else t.new_empty(t.shape) for t in tensors)
+
+
 def autograd(name, setup_context, backward) -> None:
     """Semantics: `backward` is fastpetl::<name>'s gradient."""
     torch.library.register_autograd(f"fastpetl::{name}", backward, setup_context=setup_context, lib=_LIB)

@@ -6,7 +6,7 @@ import torch
 
 from ._common import wide
 from ._fused import asked, placed
-from ._library import autograd, not_twice, register
+from ._library import apart, autograd, not_twice, register
 from ._site import empty, run_backward, run_forward
 
 
@@ -26,7 +26,7 @@ def _forward_fake(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, r
 
 def _backward(g_s, g_n, *args):
     g, *rest = run_backward(args[-1], g_s, g_n, *args[:-1])
-    return g.clone() if g_n is None else g, *rest  # an op's result is never its argument
+    return g.clone() if g_n is None else g, *apart(rest)  # an op's result is never its argument
 
 
 def _backward_fake(g_s, g_n, s, tail_stats, tail_weight, x, z, stats, w_down, w_up, norm_weight, norm_bias, add_x, code,

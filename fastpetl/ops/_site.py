@@ -11,7 +11,7 @@ import torch
 
 from .. import backends
 from . import _adapter, _cuda, _residual_norm
-from ._common import all_dense, dense, rows, wide
+from ._common import all_dense, dense, rows, unflatten, wide
 
 ADAPTER = (1 << 7) - 1  # the bits of `needs` that ask for the adapter's gradients, as in adapter_backward
 TAIL_WEIGHT, TAIL_BIAS = 1 << 7, 1 << 8
@@ -72,6 +72,31 @@ def run_backward(name, g_s, g_n, s, tail_stats, tail_weight, x, z, stats, w_down
         return g, *out, *(x.new_zeros(d if needs & bit else 0) for bit in (TAIL_WEIGHT, TAIL_BIAS))
     saved = s, tail_stats, dense(tail_weight), x, z, stats
     return tuple(_launchers(name)[1](g_s, g_n, *saved, *mine, add_x, code, scale, tail, needs, *s_is_n))
+
+
+def eager_forward(name, x, *args):
+    """Semantics: `run_forward` of an x that is dense and tensors of shapes, dtype and device that are known to fit, so
+    that nothing has to be looked at again; s and n have x's shape.
+    """
+    *tensors, add_x, eps, code, scale, tail, tail_eps, emit_s, save = args
+    name = backends.of_size("site", name, x, tensors[0].shape[0])
+    if name == "triton" and x.numel():
+        config = add_x, eps, code, scale, tail, tail_eps, emit_s, save
+        return _launchers(name)[0](x, *all_dense(*tensors), *config, fits=True)
+    s, n, *saved = run_forward(name, x, *args)
+    return (unflatten(s, x.shape) if emit_s or save else s), unflatten(n, x.shape), *saved
+
+
+def eager_backward(name, g_s, g_n, s, tail_stats, tail_weight, x, z, stats, *args, s_is_n=()):
+    """Semantics: `run_backward` for what `eager_forward` was given; g and dx have x's shape."""
+    *mine, add_x, code, scale, tail, needs = args
+    name = backends.of_size("site", name, x, mine[0].shape[0], True)
+    if name == "triton" and x.numel() and g_n is not None:
+        saved = dense(s), tail_stats, dense(tail_weight), x, z, stats, *all_dense(*mine)
+        return _launchers(name)[1](dense(g_s), dense(g_n), *saved, add_x, code, scale, tail, needs, fits=True)
+    saved = rows(s), tail_stats, tail_weight, rows(x), z, stats
+    g, dx, *rest = run_backward(name, g_s, g_n, *saved, *args, *s_is_n)
+    return g.view(x.shape), (dx.view(x.shape) if needs & 1 else dx), *rest
 
 
 def empty(x, r, norm_weight, emit_s, save):

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from .. import backends
 from ..spec import activation_code
-from ._adapter import ACT, run_backward, run_forward
+from ._adapter import ACT, eager_backward, eager_forward
 from ._casts import cast
 from ._common import (
     _PLAIN,
@@ -15,6 +15,7 @@ from ._common import (
     autocast_dtype,
     check_input,
     check_like,
+    dense,
     first_order,
     fits,
     grad_mask,
@@ -22,7 +23,6 @@ from ._common import (
     number,
     rows,
     through_dispatcher,
-    unflatten,
 )
 from ._measured import choose, rows_class, steady
 
@@ -191,7 +191,7 @@ def _call(tensors, add_x, eps, code, scale, backend):
         return y.view(x.shape)
     if grad:
         return _Adapter.apply(*tensors, add_x, eps, code, scale, name)
-    return run_forward(name, *tensors, add_x, eps, code, scale, False)[0].view(x.shape)
+    return eager_forward(name, dense(x), *tensors[1:], add_x, eps, code, scale, False)[0]
 
 
 def _plain(tensors, add_x, eps, code, scale):
@@ -210,7 +210,7 @@ def _choose(tensors, add_x, eps, code, scale, grad) -> str:
             return _plain(tensors, add_x, eps, code, scale)
         if grad:
             return _Adapter.apply(*tensors, add_x, eps, code, scale, name)
-        return run_forward(name, *tensors, add_x, eps, code, scale, False)[0]
+        return eager_forward(name, dense(x), *tensors[1:], add_x, eps, code, scale, False)[0]
 
     names = backends.serving("adapter", "auto", x.device.type, x.dtype)
     if len(names) == 1:
@@ -230,38 +230,22 @@ class _Adapter(torch.autograd.Function):
     def forward(ctx, x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2, add_x, eps, code, scale, name):
         ctx.needs = grad_mask(ctx.needs_input_grad[:7])
         ctx.config = (add_x, code, scale, name)
-        x2 = rows(x)
-        y, z, stats = run_forward(
-            name,
-            x2,
-            w_down,
-            b_down,
-            w_up,
-            b_up,
-            norm_weight,
-            norm_bias,
-            res1,
-            res2,
-            add_x,
-            eps,
-            code,
-            scale,
-            ctx.needs != 0,
-        )
+        x = dense(x)
+        tensors = w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1, res2
+        y, z, stats = eager_forward(name, x, *tensors, add_x, eps, code, scale, ctx.needs != 0)
         if ctx.needs:
-            ctx.save_for_backward(x2, z, stats, w_down, w_up, norm_weight, norm_bias)
-        return unflatten(y, x.shape)
+            ctx.save_for_backward(x, z, stats, w_down, w_up, norm_weight, norm_bias)
+        return y
 
     @staticmethod
     @first_order("adapter")
     def backward(ctx, grad):
-        grads = [None] * 7
-        if ctx.needs:
+        grads, needs = [None] * 7, ctx.needs
+        if needs:
             add_x, code, scale, name = ctx.config
-            out = run_backward(name, grad, *ctx.saved_tensors, add_x, code, scale, ctx.needs)
-            grads = [g if ctx.needs >> i & 1 else None for i, g in enumerate(out)]
-            if grads[0] is not None:
-                grads[0] = grads[0].view(grad.shape)
+            grads = eager_backward(name, grad, *ctx.saved_tensors, add_x, code, scale, needs)
+            if needs != 127:
+                grads = [g if needs >> i & 1 else None for i, g in enumerate(grads)]
         res = [grad if needed else None for needed in ctx.needs_input_grad[7:9]]
         return (*grads, *res, None, None, None, None, None)
 
