@@ -3,8 +3,8 @@
 Models of the full number of layers and of next to no width, batch 1, on one thread of the CPU: what is left is the time
 it takes to call the kernels, which on a GPU decides as soon as they are fast. `patch(backend="torch")` makes linears,
 attention and norms torch's, as they are on a GPU; a site is one launch, here of the C++ kernel
-(FASTPETL_BACKEND=cpp, so that nothing is measured). A GPU's own launches (kernels/launching.py) are not in it: see
-gpu_suite.py.
+(FASTPETL_BACKEND=cpp, so that nothing is measured). With --launches all is served as on a GPU, in bf16, by Triton's
+launchers, whose kernels then do nothing (host_launches.py).
 
 Prints the median milliseconds of a forward (inference) and of a training step, eager and patched taking turns, with
 adapters and without (bare: nothing but the first bias is trained), and patched over eager. Ratios are what to watch.
@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ["FASTPETL_BACKEND"] = "cpp"
+os.environ["FASTPETL_BACKEND"] = "auto" if "--launches" in sys.argv else "cpp"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -47,7 +47,7 @@ def vlt5():
 
 def meter():
     sizes = {k: v for k, v in BERT.items() if k != "vocab_size"}
-    vision = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": WIDTH, "image_size": 32}
+    vision = {"hidden_size": WIDTH, "num_attention_heads": HEADS, "intermediate_size": WIDTH, "image_size": 64}
     config = models.MeterConfig(**sizes, num_labels=5, max_text_length=5, text_config=BERT, vision_config=vision)
     return models.MeterForQuestionAnswering(config)
 
@@ -68,36 +68,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="which (default: all)")
     parser.add_argument("--seconds", type=float, default=2.5, help="for each model, kind and mode")
+    parser.add_argument("--launches", action="store_true", help="served as on a GPU")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.launches:
+        import host_launches
+
+        host_launches.pretend(WIDTH)
     print(f"{'':22}{'forward, ms':>27}{'step, ms':>32}\n{'':22}" + f"{'eager':>9}{'patched':>9}{'ratio':>9}     " * 2)
     for name in args.models or MODELS:
         for kind in ("with adapters", "bare"):
-            pair = variants(name, kind == "bare")
+            pair = variants(name, kind == "bare", args.launches)
             cells = [row(pair, run, args.seconds) for run in (infer, step)]
             print(f"{name + ', ' + kind:22}" + "     ".join(cells), flush=True)
 
 
-def variants(name: str, bare: bool) -> list:
+def variants(name: str, bare: bool, launches: bool = False) -> list:
     """Semantics: [eager, patched], each (model, arguments of a training forward, optimizer)."""
     torch.manual_seed(0)
     build, config = MODELS[name]
-    model = build()
+    model, inputs = build(), batch(name)
     if bare:
         model.requires_grad_(False)
         next(p for n, p in model.named_parameters() if n.endswith("bias") or name == "vlt5").requires_grad_()
     else:
         fastpetl.attach(model, config(bottleneck=4), patch=False)
-    pair = [model, fastpetl.patch(copy.deepcopy(model), backend="torch")]
+    if launches:
+        model = model.bfloat16()
+        inputs = {k: t.bfloat16() if t.is_floating_point() else t for k, t in inputs.items()}
+    pair = [model, fastpetl.patch(copy.deepcopy(model), backend="auto" if launches else "torch")]
     trained = ([p for p in m.parameters() if p.requires_grad] for m in pair)
-    return [(m, batch(name), torch.optim.SGD(ps, 1e-5)) for m, ps in zip(pair, trained, strict=True)]
+    return [(m, inputs, torch.optim.SGD(ps, 1e-5)) for m, ps in zip(pair, trained, strict=True)]
 
 
 def batch(name: str) -> dict:
     ids = torch.arange(3, 8).view(1, 5)
+    text = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if name in ("vlbart", "vlt5"):
-        return {"input_ids": ids, "vis_feats": torch.randn(1, 4, 8), "labels": ids[:, :3]}
-    return {"input_ids": ids, "pixel_values": torch.randn(1, 3, 32, 32), "labels": torch.rand(1, 5)}
+        return {**text, "vis_feats": torch.randn(1, 4, 8), "labels": ids[:, :3]}
+    side = 64 if name == "meter" else 32
+    return {**text, "pixel_values": torch.randn(1, 3, side, side), "labels": torch.rand(1, 5)}
 
 
 def infer(model, inputs, optimizer) -> None:
