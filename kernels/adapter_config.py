@@ -8,7 +8,7 @@ rows; few rows want many short programs.
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 
@@ -127,6 +127,7 @@ def _build(kind: str, direction: str, d: int, r: int, index: int) -> Config:
     return Config(split, block_m, min(block_k, widest), min(block_n, widest), r1, r2, warps, stages, fold)
 
 
+@lru_cache(maxsize=1024)
 def select(kind: str, direction: str, d: int, r: int, rows: int) -> Config:
     """Semantics: the table's configuration for rows x d with a bottleneck of r; kind is "half" or "float"."""
     tiles = _tiles_for(kind, direction, r)[3]

@@ -29,8 +29,8 @@ def launch(kernel, grid, *args, **options):
     A kernel that was launched before with arguments of the same kinds is called directly: Triton's own front door takes
     longer to find it than a small kernel runs. All that a compiled kernel may depend on is in the key: dtypes, which
     arguments are None, what Triton specialises integers on; tensors that do not lie at 16 bytes take the front door.
-    It gets addresses, which Triton's launcher takes as they are: of a tensor it would ask the address once more, and
-    the driver whose it is.
+    Triton's launcher then gets addresses: of a tensor it would ask the address once more, and the driver whose it is.
+    Nobody listens where Triton's hooks are chains without a link (they are never None).
     """
     if INTERPRETED:
         kernel[grid](*args, **options)
@@ -60,7 +60,8 @@ def launch(kernel, grid, *args, **options):
     if found is not None and not low & 15:
         compiled, run, function, packed, constants = found
         grid = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-        if _listens(RUNTIME.launch_enter_hook) or _listens(RUNTIME.launch_exit_hook):  # a profiler
+        enter, leave = RUNTIME.launch_enter_hook, RUNTIME.launch_exit_hook
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a profiler listens
             compiled[grid](*args, *constants)
         else:
             stream = torch._C._cuda_getCurrentRawStream(key[1])
@@ -70,11 +71,6 @@ def launch(kernel, grid, *args, **options):
     if compiled is not None and not low & 15:
         constants = [options[name] for name in kernel.arg_names[len(args) :]]
         _COMPILED[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata, constants
-
-
-def _listens(hook) -> bool:
-    """Whether anybody hears of launches: Triton's hook is a chain, without a link where nobody does, and never None."""
-    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -191,4 +191,5 @@ def placed(out, needs, needs_input_grad) -> list:
     """The launcher's gradients in the order of the site's eleven tensors, None where none is wanted."""
     g, *rest = out
     rest = [t if needs >> i & 1 else None for i, t in enumerate(rest)]
-    return [*rest[:7], *(g if needed else None for needed in needs_input_grad[7:9]), *rest[7:]]
+    res1, res2 = needs_input_grad[7:9]
+    return [*rest[:7], g if res1 else None, g if res2 else None, *rest[7:]]
