@@ -47,6 +47,24 @@ def test_opcheck_adapter(label):
             )
 
 
+@pytest.mark.parametrize("label", one_cpp(ADAPTER_BACKENDS))
+def test_no_two_results_are_one_tensor(label):
+    """As torch asks of an op; a launcher's results without elements may be one."""
+    a = {k: None if t is None else t.detach() for k, t in adapter_arguments(5, 40, 8).items()}
+    parameters, tail = tensors(a)[1:], (torch.ones(40), torch.zeros(40))
+    x, g, config = a["x"], torch.randn(5, 40), (True, 1e-5, 1, 0.7)
+    with using("adapter", label) as name:
+        forward = torch.ops.fastpetl.adapter(x, *parameters, *config, False, name)
+        _, z, stats = torch.ops.fastpetl.adapter(x, *parameters, *config, True, name)
+        saved = x, z, stats, a["w_down"], a["w_up"], a["norm_weight"], a["norm_bias"]
+        backward = torch.ops.fastpetl.adapter_backward(g, *saved, True, 1, 0.7, 1, name)
+        s, _, z, stats, tail_stats = torch.ops.fastpetl.site(x, *parameters, *tail, *config, 1, 1e-5, True, True, name)
+        saved = s, tail_stats, tail[0], x, z, stats, a["w_down"], a["w_up"], a["norm_weight"], a["norm_bias"]
+        site = torch.ops.fastpetl.site_backward(g, g, *saved, True, 1, 0.7, 1, 1, name)
+    for results in (forward, backward, site):
+        assert len({id(t) for t in results}) == len(results)
+
+
 @pytest.mark.parametrize("label", one_cpp(LINEAR_BACKENDS))
 def test_opcheck_linear(label):
     x, weights, biases = (
