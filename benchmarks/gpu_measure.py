@@ -153,6 +153,24 @@ def model(limit):
     return rows
 
 
+def scoring(limit):
+    """Three candidate plans scored in one pass, against three passes, in bf16 at batch 8: a small batch of a search."""
+    import torch
+
+    from fastpetl.bench import skip, variant, workloads
+
+    rows = []
+    for work in (workloads.VILT, workloads.METER) if gpu() else (workloads.VILT,):
+        base, device = work.build(not gpu()), "cuda" if gpu() else "cpu"
+        batch = work.batch(base, not gpu(), torch.bfloat16, batch=8 if gpu() else None)
+        base, batch = base.to(device, torch.bfloat16), {k: t.to(device) for k, t in batch.items()}
+        calls, difference = skip.scoring(variant.Variant("patched", work, base, batch))
+        took = {f"{name.replace(' ', '_')}_ms": 1e3 * seconds(call) for name, call in calls.items()}
+        rows.append({"model": work.name, **took, "difference": difference})
+        keep(rows)
+    return rows
+
+
 BATCH = {"vilt": 64, "meter": 16, "vlbart": 128, "vlt5": 128}  # fill the GPU
 
 

@@ -30,6 +30,7 @@ GROUPS = (  # stages of a group run side by side; seconds each may take
     {"tests": 150, "checks": 150, "sanitizer": 120, "spills": 100},
     {"ops": 170},
     {"model": 150},
+    {"scoring": 40},
 )
 
 
@@ -121,7 +122,8 @@ def markdown(result: dict) -> str:
     wrong = [c for c in result.get("checks") or [] if not c["ok"]]
     lines += ["", f"checks: {len(result.get('checks') or [])}, failed: {len(wrong)}"]
     lines += [f"* {c}" for c in wrong[:20]]
-    return "\n".join([*lines, *_ops(result.get("ops") or []), *_models(result.get("model") or [])]) + "\n"
+    measured = *_ops(result.get("ops") or []), *_models(result.get("model") or [])
+    return "\n".join([*lines, *measured, *_scoring(result.get("scoring") or [])]) + "\n"
 
 
 def _ops(rows: list[dict]) -> list[str]:
@@ -153,6 +155,14 @@ def _models(rows: list[dict]) -> list[str]:
         kernels = "–" if r["inference_kernels_ms"] is None else f"{r['inference_kernels_ms']:.2f}"
         times = f"{r['inference_ms']:.2f} | {kernels} | {r['step_ms']:.2f}"
         lines.append(f"| {r['model']} | {r['variant']} | {times} | {peak} | {share} |")
+    return lines
+
+
+def _scoring(rows: list[dict]) -> list[str]:
+    lines = ["", "| bf16 model | three candidates one by one, ms | in one pass, ms | ratio |", "|---|---|---|---|"]
+    for r in rows:
+        three, one = r["three_passes_ms"], r["one_pass_ms"]
+        lines.append(f"| {r['model']} | {three:.2f} | {one:.2f} | {one / three:.2f} |")
     return lines
 
 

@@ -19,12 +19,15 @@ def suite(folder, *args):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the suite itself")
 def test_some_stages_without_a_gpu(tmp_path):
-    done = suite(tmp_path, "--only", "sanitizer,spills")
+    done = suite(tmp_path, "--only", "sanitizer,spills,scoring")
     assert done.returncode == 0, done.stdout + done.stderr
     (file,) = tmp_path.glob("*.json")
     found = json.loads(file.read_text())
-    assert list(found["stages"]) == ["facts", "sanitizer", "spills"] and found["spills"]["ok"] is None
-    assert "sizes and times here mean nothing" in file.with_suffix(".md").read_text()
+    assert list(found["stages"]) == ["facts", "sanitizer", "spills", "scoring"] and found["spills"]["ok"] is None
+    (row,) = found["scoring"]
+    assert row["three_passes_ms"] > 0 and row["one_pass_ms"] > 0 and row["difference"] < 5e-2
+    text = file.with_suffix(".md").read_text()
+    assert "sizes and times here mean nothing" in text and "| vilt |" in text
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run the suite itself")

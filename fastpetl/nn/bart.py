@@ -40,7 +40,7 @@ class FusedBartAttention(Fused, hf.BartAttention):
         elif source is None:
             fused = past_key_values is None and not self.is_causal and not (self.training and self.dropout > 0)
             linears = self.q_proj, self.k_proj, self.v_proj
-            out, qkv = self._own(x, linears, "qkv", self.num_heads, attention_mask, self.scaling, fused)
+            out, qkv = self._own(x, linears, "qkv", self.num_heads, attention_mask, self.scaling, fused, True)
             if out is not None:
                 return self._linear(out, self.out_proj, slot="out"), None
             q, *kv = qkv
@@ -58,7 +58,7 @@ class FusedBartAttention(Fused, hf.BartAttention):
                 y = x if source is None else source
                 both = self._linear(y, self.k_proj, slot="k"), self.v_proj(y)
             else:
-                both = kv or self._each(source, self.k_proj, self.v_proj, slot="kv")
+                both = kv or self._each(source, self.k_proj, self.v_proj, slot="kv", beside=True)
             return [heads(t, size) for t in both]
 
         k, v = cached_keys(self, past_key_values, source, keys)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastpetl.nn.inline import call_reason, listened, note_fallback, read_dtype
+from fastpetl.nn.inline import call_reason, listened, note_fallback, read_dtype, weight_and_bias
 from fastpetl.nn.tasks import Told, in_one_launch, name_of, only_name, per_sample, stacked, task_ids
 
 
@@ -94,7 +94,7 @@ class FusedLoRALinear(LoRALinear):
 
     def forward(self, x):
         reason = call_reason(self, {}, x)
-        if reason is None and self.weight.dtype != (read_dtype(x) or self.weight.dtype):
+        if reason is None and read_dtype(x) not in (None, self.weight.dtype):
             reason = f"weight has dtype {self.weight.dtype}, the input {x.dtype}"
         if reason is not None:
             note_fallback(self, reason)
@@ -138,9 +138,10 @@ class FusedLoRALinear(LoRALinear):
         """Semantics: can the update of this call stand in the weight? In inference, of one task, nobody listening."""
         if torch.is_grad_enabled() or self.training or torch.compiler.is_compiling():
             return False
-        if self.weight.dtype != (read_dtype(x) or self.weight.dtype) or isinstance(self.task(x), tuple):
+        dtype = read_dtype(x)
+        if dtype is not None and weight_and_bias(self)[0].dtype is not dtype:
             return False
-        return not listened(self)
+        return not isinstance(self.task(x), tuple) and not listened(self)
 
     def merged(self, x) -> torch.Tensor:
         """Semantics: W + scale * B A of the task of this call on x, kept while W, A and B stay as they are."""

@@ -34,19 +34,27 @@ class Fused:
         return reason is not None
 
     def _linear(
-        self, x, *linears: nn.Linear, slot: str, behind: nn.Linear | None = None, activation: str = "gelu", adapt=True
+        self,
+        x,
+        *linears: nn.Linear,
+        slot: str,
+        behind: nn.Linear | None = None,
+        activation: str = "gelu",
+        adapt=True,
+        beside=False,
     ) -> torch.Tensor:
         """Semantics: [linear_1(x), linear_2(x), ...] side by side; or, behind another, linear(activation(behind(x))).
         slot: the name of the cache for the packed weights; in inference only, where memory is at its lowest. Linears
-        with LoRA are taken merged where they can be, else called; an adapted linear's output is adapted, unless adapt
-        is False.
+        with LoRA are taken merged where they can be (beside: who calls knows that they can), else called; an adapted
+        linear's output is adapted, unless adapt is False.
         """
         if len(linears) == 1 and self._by_torch("linear", x):
             return torch_linear(x if behind is None else torch_activated(x, behind, activation), linears[0], adapt)
         from fastpetl import ops
 
-        if len(linears) > 1 and not all(type(linear) is nn.Linear or beside_others((linear,), x) for linear in linears):
-            return torch.cat([self._one(x, linear, f"{slot}{i}") for i, linear in enumerate(linears)], -1)
+        if len(linears) > 1 and not beside:
+            if not all(type(linear) is nn.Linear or beside_others((linear,), x) for linear in linears):
+                return torch.cat([self._one(x, linear, f"{slot}{i}") for i, linear in enumerate(linears)], -1)
         weights = merged_weights(linears, x)
         biases = None if linears[0].bias is None else tuple(linear.bias for linear in linears)
         backend = self._op("linear")
@@ -59,19 +67,19 @@ class Fused:
             y = ops.feed_forward(x, first, behind.bias, *weights, bias, **options)
         return linears[0].adapted(y) if adapt and type(linears[0]) is AdaptedLinear else y
 
-    def _each(self, x, *linears: nn.Linear, slot: str) -> tuple | list:
+    def _each(self, x, *linears: nn.Linear, slot: str, beside=False) -> tuple | list:
         """Semantics: [linear_1(x), linear_2(x), ...], of one size; side by side where a kernel of ours serves."""
         if self._by_torch("linear", x):
             return torch_linears(x, linears)
-        return self._linear(x, *linears, slot=slot).chunk(len(linears), -1)
+        return self._linear(x, *linears, slot=slot, beside=beside).chunk(len(linears), -1)
 
-    def _own(self, x, linears, slot: str, heads: int, mask, scaling: float, fused: bool) -> tuple:
+    def _own(self, x, linears, slot: str, heads: int, mask, scaling: float, fused: bool, beside=False) -> tuple:
         """Semantics: self-attention's output and None, or None and q, k, v where `_attend` is not to serve (fused is
         False), or cannot.
         """
         if self._by_torch("linear", x):
             return None, torch_linears(x, linears)
-        qkv = self._linear(x, *linears, slot=slot)
+        qkv = self._linear(x, *linears, slot=slot, beside=beside)
         out = self._attend(qkv, heads, mask, scaling) if fused else None
         return out, (qkv.chunk(3, -1) if out is None else None)
 

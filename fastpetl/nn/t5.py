@@ -35,7 +35,7 @@ class FusedT5Attention(Fused, hf.T5Attention):
         if lora:
             q, kv = self.q(x), None
         elif source is None:
-            q, *kv = self._each(x, self.q, self.k, self.v, slot="qkv")
+            q, *kv = self._each(x, self.q, self.k, self.v, slot="qkv", beside=True)
         else:
             q, kv = self._linear(x, self.q, slot="q"), None
         dropout = self.dropout if self.training else 0.0
@@ -56,7 +56,7 @@ class FusedT5Attention(Fused, hf.T5Attention):
                 y = x if source is None else source
                 both = self._linear(y, self.k, slot="k"), self.v(y)
             else:
-                both = kv or self._each(source, self.k, self.v, slot="kv")
+                both = kv or self._each(source, self.k, self.v, slot="kv", beside=True)
             return [heads(t, size) for t in both]
 
         k, v = cached_keys(self, past, source, keys)
