@@ -23,8 +23,18 @@ namespace FP_ISA {
     __VA_ARGS__;                                                  \
   }
 
-static void adapter_forward(const fp_adapter_forward& a, int dtype) { FP_BY_TYPE(AdapterForward<T, E>::run(a)) }
-static void adapter_backward(const fp_adapter_backward& a, int dtype) { FP_BY_TYPE(AdapterBackward<T, E>::run(a)) }
+static void adapter_forward(const fp_adapter_forward& a, int dtype) {
+#ifdef FP_NARROW
+  if (dtype == FP_F32 && a.r <= FP_NARROW) return FP_NARROW_TABLE.adapter_forward(a, dtype);
+#endif
+  FP_BY_TYPE(AdapterForward<T, E>::run(a))
+}
+static void adapter_backward(const fp_adapter_backward& a, int dtype) {
+#ifdef FP_NARROW
+  if (dtype == FP_F32 && a.r <= FP_NARROW) return FP_NARROW_TABLE.adapter_backward(a, dtype);
+#endif
+  FP_BY_TYPE(AdapterBackward<T, E>::run(a))
+}
 static void linear_forward(const fp_linear& a, int dtype) { FP_BY_TYPE(Linear<T, E>::forward(a)) }
 static void linear_backward(const fp_linear& a, int dtype) { FP_BY_TYPE(Linear<T, E>::backward(a)) }
 static size_t pack_bytes(int k, int n, int dtype, int transposed) { FP_BY_TYPE(return Linear<T, E>::pack_bytes(k, n, transposed)) }
