@@ -2,8 +2,9 @@
 
 Builds, runs the op tests on the GPU, checks every op's numbers (also on another stream, in a captured graph, and on a
 device that is not the current one), lets compute-sanitizer look at small cases, reads the kernels' spills, then
-measures: each op against eager and max-autotune, whole models against eager and compiled, the adapters' tax and what
-skipping gives back. Writes one JSON and one Markdown table into benchmarks/results/, to be committed.
+measures: each op against eager and max-autotune, whole models against eager and compiled, the adapters' tax, what
+skipping gives back, candidates scored in one pass. Writes one JSON and one Markdown table into benchmarks/results/, to
+be committed.
 
 Each stage (gpu_stages.py, gpu_measure.py) is a process with a time limit; what one cannot do is a line that says why,
 and the next goes on. What is not timed runs side by side. Without a GPU every stage runs to its end on the CPU with

@@ -194,7 +194,7 @@ class FusedHyperSite(HyperSite):
         state = self.__dict__
         if isinstance(task, tuple | list) or "forward" in state or any(state[hooks] for hooks in HOOKS):
             return None
-        if call_reason(self, {}, f) or self.net.LayerNorm.weight.dtype != (read_dtype(f) or torch.float32):
+        if call_reason(self, {}, f) or read_dtype(f) not in (None, self.net.LayerNorm.weight.dtype):
             return None
         from fastpetl import ops
 

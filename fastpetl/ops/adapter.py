@@ -103,10 +103,13 @@ def adapter(
 
 def _cast_input(x, weight, bias, eps, dtype):
     """x in autocast's dtype, behind its norm if there is one, and the norm that is left to do."""
-    whole = isinstance(weight, torch.Tensor) and isinstance(bias, torch.Tensor)
-    if whole and weight.shape == bias.shape == x.shape[-1:] and x.is_floating_point():  # what is not, `_check` says
+    if weight is not None and all(_is_row(t, x) for t in (weight, bias) if t is not None):
         return cast(F.layer_norm(x, weight.shape, weight, bias, eps), dtype), None, None
-    return cast(x, dtype), cast(weight, dtype), cast(bias, dtype)
+    return cast(x, dtype), cast(weight, dtype), cast(bias, dtype)  # no norm, or one that `_check` refuses
+
+
+def _is_row(t, x) -> bool:
+    return isinstance(t, torch.Tensor) and t.shape == x.shape[-1:] and t.is_floating_point() and x.is_floating_point()
 
 
 _NONE = (None, None)

@@ -64,7 +64,7 @@ def linear(x, weights, biases=None, *, norm=None, activation=None, backend="auto
     dtype = autocast_dtype(x) if isinstance(x, torch.Tensor) else None
     if dtype is not None:
         if prologue == lb.NORM:
-            _check_norm(x, weight, bias, any)
+            _check_norm(x, weight, bias, mixed=True)
             x, prologue, weight, bias = F.layer_norm(x, x.shape[-1:], weight, bias, eps), lb.NONE, None, None
         x = cast(x, dtype)
         weights, biases = tuple(cast(w, dtype) for w in weights), tuple(cast(b, dtype) for b in biases)
@@ -136,13 +136,13 @@ def _check(x, weights, biases, weight, bias) -> None:
     _check_norm(x, weight, bias)
 
 
-def _check_norm(x, weight, bias, dtype=None) -> None:
-    """dtype: `any` where autocast sees to it."""
+def _check_norm(x, weight, bias, mixed=False) -> None:
+    """mixed: dtypes are autocast's business."""
     k = x.shape[-1]
     for name, t in (("norm weight", weight), ("norm bias", bias)):
         if t is not None and not fits(t, (k,), x):
-            wanted = getattr(t, "dtype", None) if dtype is any else None
-            check_like("linear", name, t, (k,), f"({k},) to match x", x, dtype=wanted)
+            dtype = getattr(t, "dtype", None) if mixed else None
+            check_like("linear", name, t, (k,), f"({k},) to match x", x, dtype=dtype)
 
 
 def _call(x, weights, biases, prologue, weight, bias, eps, backend, cache, overwrite=False):

@@ -105,16 +105,17 @@ def test_norms_see_x_before_it_is_cast(stream):
     wide = [t.double() for t in (g, b, w, u)]
     n = F.layer_norm(x.double(), (64,), *wide[:2])
     linear = n @ wide[2].t()
-    adapter = linear.relu() @ wide[3].t()
     with torch.autocast("cpu", BF16):
         torchs = F.linear(F.layer_norm(x, (64,), g, b), w)
         ours = ops.linear(x, (w,), norm=(g, b, 1e-5))
         assert ours.dtype == BF16
         assert apart(ours, linear) <= 1.5 * apart(torchs, linear) + 1e-3 * linear.norm()
-        y = ops.adapter(x, w, None, u, None, norm_weight=g, norm_bias=b, residuals=(x,))
-        assert y.dtype == stream
-        torchs = F.linear(torchs.relu(), u) + x
-        assert apart(y, adapter + x.double()) <= 1.5 * apart(torchs, adapter + x.double()) + 1e-4 * linear.norm()
+        for bias, shift in ((b, 0), (None, wide[1])):
+            y = ops.adapter(x, w, None, u, None, norm_weight=g, norm_bias=bias, residuals=(x,))
+            assert y.dtype == stream
+            torchs = F.linear(F.linear(F.layer_norm(x, (64,), g, bias), w).relu(), u) + x
+            exact = ((n - shift) @ wide[2].t()).relu() @ wide[3].t() + x.double()
+            assert apart(y, exact) <= 1.5 * apart(torchs, exact) + 1e-4 * linear.norm()
         with pytest.raises(ValueError, match=r"linear: norm weight has shape \(63,\), expected \(64,\) to match x"):
             ops.linear(x, (w,), norm=(g[:63], None, 1e-5))
         with pytest.raises(ValueError, match=r"adapter: norm_weight has shape \(63,\)"):
