@@ -17,10 +17,11 @@ struct TileConfig {
 
 template <int PLANES> struct EngineAmx {
   using Elem = uint16_t;
+  static constexpr bool TILES = true;
   using InPlace = void;  // no tensor is read where it lies
   static constexpr int MR = 16, NP = 32, UNIT = 32, BLOCK_UNITS = PLANES == 1 ? 8 : 4, TILE = 512;
   // Blocks that fit a 2 MiB second-level cache: A's [rows, K_BLOCK]; beyond K_BLOCK all of C's panels stay there too.
-  static constexpr int K_BLOCK = 1024, DEEP_K_BLOCK = PLANES == 1 ? 1024 : 768, DEEP_UNITS = PLANES == 1 ? 8 : 6;
+  static constexpr int K_BLOCK = 1024, DEEP_K_BLOCK = PLANES == 1 ? 1024 : 768, UNITS = PLANES == 1 ? 16 : 6, DEEP_UNITS = PLANES == 1 ? 8 : 6;
 
   struct Session {  // tiles are per-thread state and must be released, or every context switch carries them
     Session() {
@@ -56,6 +57,26 @@ template <int PLANES> struct EngineAmx {
       for (int q = 0; q < PLANES; ++q) _mm512_storeu_si512(p + q * TILE, s[q]);
     }
   }
+  // 16 rows from row i0 on, a multiple of 16: tile by tile, so that what is written lies together. get(i, j, n): floats j..
+  // of row i0 + i, n of which are the row's
+  template <class Get> static void put_a_rows(Elem* a, int64_t k, int64_t i0, int64_t rows, const Get& get) {
+    const int64_t kt = pad_k(k) / 32;
+    Elem* p = a + i0 / 16 * kt * PLANES * TILE;
+    for (int64_t t = 0; t < kt; ++t, p += PLANES * TILE) {
+      const int64_t j = t * 32;
+      auto put_row = [=](int64_t i, vf lo, vf hi) FP_INLINED {
+        __m512i s[PLANES];
+        split((__m512)lo, (__m512)hi, s);
+        for (int q = 0; q < PLANES; ++q) _mm512_storeu_si512(p + q * TILE + i * 32, s[q]);
+      };
+      int64_t i = 0;
+      if (j + 32 <= k)
+        for (; i < rows; ++i) put_row(i, get(i, j, (int64_t)VL), get(i, j + VL, (int64_t)VL));
+      else
+        for (; i < rows; ++i) put_row(i, get(i, j, k - j), get(i, j + VL, k - j - VL));
+      for (; i < 16; ++i) put_row(i, vf{}, vf{});
+    }
+  }
   static void zero_a_rows(Elem* a, int64_t k, int64_t m) {
     const int64_t kt = pad_k(k) / 32;
     for (int64_t i = m; i % 16; ++i)
@@ -85,26 +106,21 @@ template <int PLANES> struct EngineAmx {
       }
     }
   }
-  // STREAM: past the caches, for packs of whole weights, which no cache holds until they are used
-  template <bool STREAM> static inline __attribute__((always_inline)) void put(Elem* p, __m512i v) {
-    if (STREAM) _mm512_stream_si512((__m512i*)p, v);
-    else _mm512_storeu_si512(p, v);
-  }
-  template <bool STREAM = false> static void put_b_rows(Elem* b, int64_t k, int64_t kk, const float* r0, const float* r1, int64_t n) {
+  static void put_b_rows(Elem* b, int64_t k, int64_t kk, const float* r0, const float* r1, int64_t n) {
     const int64_t kt = pad_k(k) / 32;
     const __m512i order = interleave_order();
     for (int64_t j = 0; j < round_up(n, 32); j += 16) {
       Elem* p = b + (j / 16 * kt + kk / 32) * PLANES * TILE + kk % 32 / 2 * 32;
       __m512i s[PLANES];
       split(_mm512_loadu_ps(r0 + j), _mm512_loadu_ps(r1 + j), s);  // row kk in the low half, kk+1 in the high half
-      for (int q = 0; q < PLANES; ++q) put<STREAM>(p + q * TILE, _mm512_permutexvar_epi16(order, s[q]));
+      for (int q = 0; q < PLANES; ++q) _mm512_storeu_si512(p + q * TILE, _mm512_permutexvar_epi16(order, s[q]));
     }
   }
   static inline __m512i interleave_order() {  // 0, 16, 1, 17, ...
     __m512i i = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     return _mm512_or_si512(i, _mm512_slli_epi32(_mm512_add_epi32(i, _mm512_set1_epi32(16)), 16));
   }
-  template <bool STREAM = false> static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
+  static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
     const int64_t kt = pad_k(k) / 32;
     Elem* p = b + n0 / 16 * kt * PLANES * TILE;
     for (int64_t t = 0; t < kt; ++t, p += PLANES * TILE) {
@@ -116,7 +132,7 @@ template <int PLANES> struct EngineAmx {
       }
       for (int q = 0; q < PLANES; ++q) {
         transpose16(v[q], o);
-        for (int j = 0; j < 16; ++j) put<STREAM>(p + q * TILE + j * 32, o[j]);
+        for (int j = 0; j < 16; ++j) _mm512_storeu_si512(p + q * TILE + j * 32, o[j]);
       }
     }
   }
@@ -163,11 +179,13 @@ template <int PLANES> struct EngineAmx {
       _tile_dpbf16ps(3, 5, 7);                          \
     }                                                   \
   }
-#define FP_TILE_FETCH(sixth) /* the next step's B, and some of the next panel, while the tile unit is busy */ \
+#define FP_TILE_FETCH(sixth) /* the next step's operands, and some of the next panel, while the tile unit is busy */ \
   {                                                                                           \
     for (int64_t q = (sixth) * step / 6; q < ((sixth) + 1) * step / 6; q += 32) {              \
       _mm_prefetch((const char*)(b0 + step + q), _MM_HINT_T0);                                \
       _mm_prefetch((const char*)(b1 + step + q), _MM_HINT_T0);                                \
+      _mm_prefetch((const char*)(a0 + step + q), _MM_HINT_T0);                                \
+      if (MT == 2) _mm_prefetch((const char*)(a1 + step + q), _MM_HINT_T0);                   \
     }                                                                                         \
     for (int64_t q = 0; q < fetch / 6; ++q, next += 32) _mm_prefetch((const char*)next, _MM_HINT_T1); \
   }

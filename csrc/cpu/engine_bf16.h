@@ -8,8 +8,9 @@ namespace FP_ISA {
 
 struct EngineBf16 : Strips<EngineBf16, uint16_t> {
   using Elem = uint16_t;
+  static constexpr bool TILES = false;
   using InPlace = bf16;  // tensors of this type are read where they lie
-  static constexpr int MR = 8, NV = 3, NP = NV * VL, UNIT = 32, BLOCK_UNITS = 4, K_BLOCK = 1024, DEEP_K_BLOCK = 1024, DEEP_UNITS = 4;
+  static constexpr int MR = 8, NV = 3, NP = NV * VL, UNIT = 32, BLOCK_UNITS = 4, K_BLOCK = 1024, DEEP_K_BLOCK = 1024, UNITS = 8, DEEP_UNITS = 4;
 
   struct Session {};
   static int64_t pad_k(int64_t k) { return round_up(k, 32); }
@@ -34,7 +35,7 @@ struct EngineBf16 : Strips<EngineBf16, uint16_t> {
   }
   static void zero_a_rows(Elem* a, int64_t k, int64_t m) { memset(a + m * pad_k(k), 0, (round_up(m, MR) - m) * pad_k(k) * 2); }
   // rows kk, kk+1 of B (kk even): one row of pairs
-  template <bool STREAM = false> static void put_b_rows(Elem* b, int64_t k, int64_t kk, const float* r0, const float* r1, int64_t n) {
+  static void put_b_rows(Elem* b, int64_t k, int64_t kk, const float* r0, const float* r1, int64_t n) {
     const int64_t kp = pad_k(k);
     const __m512i index = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i order = _mm512_or_si512(index, _mm512_slli_epi32(_mm512_add_epi32(index, _mm512_set1_epi32(16)), 16));
@@ -43,7 +44,7 @@ struct EngineBf16 : Strips<EngineBf16, uint16_t> {
         _mm512_storeu_si512(b + j * kp + kk * NP + 2 * v, _mm512_permutexvar_epi16(order, pack2(load(r0 + j + v), load(r1 + j + v))));
   }
   // columns n0..n0+15 of B from 16 rows of its transpose
-  template <bool STREAM = false> static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
+  static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
     const int64_t kp = pad_k(k);
     Elem* p = b + n0 / NP * NP * kp + n0 % NP * 2;
     for (int64_t k0 = 0; k0 < kp; k0 += 32) {

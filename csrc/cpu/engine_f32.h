@@ -9,6 +9,7 @@ namespace FP_ISA {
 
 struct EngineF32 : Strips<EngineF32, float> {
   using Elem = float;
+  static constexpr bool TILES = false;
   using InPlace = float;  // tensors of this type are read where they lie
 #if defined(__AVX512F__)
   static constexpr int MR = 8, NV = 3;
@@ -17,7 +18,7 @@ struct EngineF32 : Strips<EngineF32, float> {
 #else
   static constexpr int MR = 4, NV = 2;
 #endif
-  static constexpr int NP = NV * VL, UNIT = 32, BLOCK_UNITS = 4, K_BLOCK = 1024, DEEP_K_BLOCK = 1024, DEEP_UNITS = 4;
+  static constexpr int NP = NV * VL, UNIT = 32, BLOCK_UNITS = 4, K_BLOCK = 1024, DEEP_K_BLOCK = 1024, UNITS = 8, DEEP_UNITS = 4;
   static_assert(UNIT % MR == 0, "a row unit must hold whole register tiles");
 
   struct Session {};  // what a thread must set up before gemm: nothing
@@ -38,7 +39,7 @@ struct EngineF32 : Strips<EngineF32, float> {
     memset(a + m * pad_k(k), 0, (round_up(m, MR) - m) * pad_k(k) * 4);
   }
   // rows kk, kk+1 of B (kk even), n columns, zero-padded to a multiple of 64
-  template <bool STREAM = false> static void put_b_rows(Elem* b, int64_t k, int64_t kk, const float* r0, const float* r1, int64_t n) {
+  static void put_b_rows(Elem* b, int64_t k, int64_t kk, const float* r0, const float* r1, int64_t n) {
     const int64_t kp = pad_k(k);
     for (int64_t j = 0; j < n; j += NP) {
       float* p = b + j * kp + kk * NP;
@@ -49,7 +50,7 @@ struct EngineF32 : Strips<EngineF32, float> {
     }
   }
   // columns n0..n0+15 of B from 16 rows of its transpose, each zero-padded to pad_k
-  template <bool STREAM = false> static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
+  static void put_b_columns(Elem* b, int64_t k, int64_t n0, const float* const* rows) {
     const int64_t kp = pad_k(k);
     int64_t k0 = 0;
 #if defined(__AVX512F__)

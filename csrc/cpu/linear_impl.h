@@ -9,6 +9,7 @@ template <class T, class E> struct Linear {
   using Elem = typename E::Elem;
   static constexpr bool DIRECT = std::is_same<T, typename E::InPlace>::value;
   // scratch slots: 0-3 of the calling thread (shared by its workers), 4-9 of each worker
+  static constexpr int64_t AHEAD = 128;      // elements of a row that are asked for before they are read
   static constexpr size_t LARGE = 12 << 20;  // bytes of output from which no cache keeps it for the next op
   static const T* weight_row(const fp_linear& a, int64_t row) {
     int i = 0;
@@ -28,11 +29,11 @@ template <class T, class E> struct Linear {
     const int64_t n = total(a);
     if (transposed)  // B[k = n, n = K] = W
       parallel(E::pad_k(n) / 2, grain(40. * a.k), [&](int64_t begin, int64_t end) {
-        pack_rows<E, true>((Elem*)out, n, a.k, begin, end, [&](int64_t i) { return weight_row(a, i); });
+        pack_rows<E>((Elem*)out, n, a.k, begin, end, [&](int64_t i) { return weight_row(a, i); });
       });
     else  // B[k, n] = W[n, k]
       parallel(column_groups<E>(n), grain(400. * a.k), [&](int64_t begin, int64_t end) {
-        pack_columns<E, true>((Elem*)out, a.k, n, begin, end, [&](int64_t i) { return weight_row(a, i); });
+        pack_columns<E>((Elem*)out, a.k, n, begin, end, [&](int64_t i) { return weight_row(a, i); });
       });
   }
   static const Elem* packed_operand(const fp_linear& a, int64_t n, int transposed) {
@@ -64,9 +65,27 @@ template <class T, class E> struct Linear {
       }
     }
   }
+  // A is x [m, k], its rows ld apart. row: room for one
+  static void fill_plain(const T* x, int64_t ld, int64_t m, int64_t k, Elem* ap, float* row) {
+    if constexpr (E::TILES) {
+      (void)row;
+      for (int64_t i0 = 0; i0 < m; i0 += 16) {
+        const T* p = x + i0 * ld;
+        E::put_a_rows(ap, k, i0, m - i0 < 16 ? m - i0 : 16, [=](int64_t i, int64_t j, int64_t left) FP_INLINED {
+          fetch(p + i * ld + j + AHEAD, VL * sizeof(T));  // 16 rows at a time are more than the hardware follows
+          return load(p + i * ld + j, left);
+        });
+      }
+    } else {
+      for (int64_t i = 0; i < m; ++i) {
+        load_row(x + i * ld, row, k, E::pad_k(k));
+        E::put_a_row(ap, k, i, row);
+      }
+    }
+  }
   // runs body(r0, m) over blocks of rows that fit the cache
   template <class Body> static void row_blocks(int64_t rows, int64_t depth, int64_t n, const Body& body) {
-    const int64_t most = depth > E::K_BLOCK ? E::DEEP_UNITS : 2 * E::BLOCK_UNITS;
+    const int64_t most = depth > E::K_BLOCK ? E::DEEP_UNITS : E::UNITS;
     parallel((rows + E::UNIT - 1) / E::UNIT, grain(2. * E::UNIT * depth * n), [&](int64_t begin, int64_t end) {
       typename E::Session session;
       (void)session;
@@ -93,6 +112,7 @@ template <class T, class E> struct Linear {
       const T* x = (const T*)a.x + r0 * a.k;
       float *row = scratch<float>(7, width), *stats = scratch<float>(8, 2 * m);
       auto fill = [&](int64_t k0, int64_t kn, Elem* ap) {
+        if (a.prologue == FP_NONE) return fill_plain(x + k0, a.k, m, kn, ap, row);
         for (int64_t i = 0; i < m; ++i) {
           if (a.prologue == FP_LAYERNORM) {
             load_row(x + i * a.k, row, a.k, width);
@@ -103,7 +123,7 @@ template <class T, class E> struct Linear {
             load_row(x + i * a.k + k0, row, kn, E::pad_k(kn));
             if (a.code && !a.then)
               GeluCode::activate_row(row, kn, a.code + (r0 + i) * GeluCode::row_bytes(a.k), a.k, k0);
-            else if (a.prologue == FP_PROLOGUE_GELU)
+            else
               for (int64_t j = 0; j < kn; j += VL) store(row + j, activate(GELU, load(row + j)));
             E::put_a_row(ap, kn, i, row);
           }
@@ -137,10 +157,7 @@ template <class T, class E> struct Linear {
       T* dx = (T*)a.out + r0 * a.k;
       float *row = scratch<float>(7, width), *c = nullptr;
       auto fill = [&](int64_t k0, int64_t kn, Elem* ap) {
-        for (int64_t i = 0; i < m; ++i) {
-          load_row(g + i * n + k0, row, kn, E::pad_k(kn));
-          E::put_a_row(ap, kn, i, row);
-        }
+        fill_plain(g + k0, n, m, kn, ap, row);
       };
       block(m, n, a.k, b, norm, &c, fill, [&](int64_t p, const float* cp) {
         if (norm) return;

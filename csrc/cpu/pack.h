@@ -16,7 +16,7 @@ template <class T> static float* load_vector(int slot, const void* p, int64_t n)
 // what row k of B is multiplied by, zero-padded.
 template <class E> static int64_t column_groups(int64_t n) { return round_up(n, E::NP) / 16 + (E::NP % 16 != 0); }
 template <class E> static int64_t columns_size(int64_t k, int64_t n) { return E::b_size(k, column_groups<E>(n) * 16); }
-template <class E, bool STREAM = false, class At>
+template <class E, class At>
 static void pack_columns(typename E::Elem* out, int64_t k, int64_t n, int64_t begin, int64_t end, const At& at, const float* factor = nullptr) {
   const int64_t width = E::pad_k(k) + 64;
   float* tmp = scratch<float>(15, 16 * width);
@@ -29,12 +29,11 @@ static void pack_columns(typename E::Elem* out, int64_t k, int64_t n, int64_t be
       for (int64_t i = 0; factor && i < k; i += VL) store(row + i, load(row + i) * load(factor + i));
       rows[j] = row;
     }
-    E::template put_b_columns<STREAM>(out, k, g * 16, rows);
+    E::put_b_columns(out, k, g * 16, rows);
   }
-  if (STREAM) fence();
 }
 // B[k, n] from its rows: at(i), i < k, points at row i. Pairs of rows [begin, end) of pad_k(k) / 2.
-template <class E, bool STREAM = false, class At>
+template <class E, class At>
 static void pack_rows(typename E::Elem* out, int64_t k, int64_t n, int64_t begin, int64_t end, const At& at) {
   const int64_t width = round_up(n, E::NP) + 64;
   float* tmp = scratch<float>(15, 2 * width);
@@ -43,9 +42,8 @@ static void pack_rows(typename E::Elem* out, int64_t k, int64_t n, int64_t begin
       if (2 * p + j < k) load_row(at(2 * p + j), tmp + j * width, n, width);
       else memset(tmp + j * width, 0, width * 4);
     }
-    E::template put_b_rows<STREAM>(out, k, 2 * p, tmp, tmp + width, n);
+    E::put_b_rows(out, k, 2 * p, tmp, tmp + width, n);
   }
-  if (STREAM) fence();
 }
 
 // Items per parallel task: waking threads for less than about 20 us of work costs more than it gives

@@ -6,6 +6,9 @@
 #include <stdlib.h>
 #include <string.h>
 #include <type_traits>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
 #endif
@@ -315,7 +318,11 @@ static void* scratch(int slot, size_t bytes) {
   if (b.n < bytes) {
     free(b.p);
     b.n = 0;
-    if (posix_memalign(&b.p, bytes > (1 << 20) ? 2 << 20 : 4096, round_up(bytes, 4096))) abort();
+    const size_t page = bytes > (1 << 20) ? 2 << 20 : 4096, whole = round_up(bytes, page);
+    if (posix_memalign(&b.p, page, whole)) abort();
+#if defined(__linux__)
+    if (page > 4096) madvise(b.p, whole, MADV_HUGEPAGE);  // packed operands are read panel by panel: a page table entry each
+#endif
     b.n = bytes;
   }
   return b.p;
