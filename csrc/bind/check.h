@@ -6,6 +6,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -38,8 +42,21 @@ namespace {  // one copy per file
                   " must be contiguous float32 with ", numel, " elements");
   return static_cast<const float*>(t.const_data_ptr());
 }
+// Large results are written all over at once, and every page that is new to the process costs as much as writing it:
+// pages of 2 MiB where the system grants them, as THP_MEM_ALLOC_ENABLE=1 asks of torch for all its tensors.
+[[maybe_unused]] void in_huge_pages(void* p, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t PAGE = 2 << 20;
+  if (bytes < static_cast<int64_t>(4 * PAGE)) return;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(p), begin = (at + PAGE - 1) / PAGE * PAGE, end = (at + bytes) / PAGE * PAGE;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // refused: pages as they were
+#endif
+}
 [[maybe_unused]] Tensor make(const Tensor& like, std::vector<int64_t> size, std::optional<ScalarType> type = std::nullopt) {
-  return torch::stable::new_empty(like, size, type);
+  Tensor t = torch::stable::new_empty(like, size, type);
+  const ScalarType s = t.scalar_type();
+  if (t.numel()) in_huge_pages(t.mutable_data_ptr(), t.numel() * (s == ScalarType::Byte ? 1 : s == ScalarType::Float ? 4 : 2));
+  return t;
 }
 [[maybe_unused]] void* out(Tensor& t) { return t.numel() ? t.mutable_data_ptr() : nullptr; }
 // A tensor of that size, or an empty one whose pointer is null: the kernels' "not wanted"

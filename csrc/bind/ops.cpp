@@ -273,7 +273,7 @@ Tensor attention_backward(const Tensor& grad, const Tensor& qkv, const MaybeTens
   const int64_t numel = a.batch * a.tokens * heads * a.head_dim;
   a.grad = in(grad, qkv, numel, op, "grad"), a.out_in = in(o, qkv, numel, op, "out");
   a.lse = const_cast<float*>(in_float(lse, a.batch * heads * a.tokens, op, "lse"));
-  Tensor dqkv = torch::stable::empty_like(qkv);
+  Tensor dqkv = make(qkv, {qkv.size(0), qkv.size(1), qkv.size(2)});
   a.dqkv = out(dqkv);
   if (numel) fp_active()->attention_backward(a, dtype);
   return dqkv;
