@@ -170,7 +170,7 @@ def product_w_down(p1, p2, wd_ptr, gamma_ptr, rd, R: tl.constexpr, R1: tl.conste
 
 
 @triton.jit
-def backward_rest(a1, a2, g_ptr, x_ptr, z_ptr, wd_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr,
+def backward_rest(a1, a2, g_ptr, x_ptr, z_ptr, wd_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr, hat_ptr,
                   mean, rstd, row0, rm, mm, scale,
                   D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
                   BN: tl.constexpr, HLD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
@@ -179,7 +179,7 @@ def backward_rest(a1, a2, g_ptr, x_ptr, z_ptr, wd_ptr, gamma_ptr, dx_ptr, q_ptr,
 
     A norm needs two row means of its input's gradient before the first column of dx is known; that gradient is
     multiplied out twice rather than kept (BM x D does not fit) or stored (it would be rounded). g_ptr is moved to
-    the first row, the other pointers are not.
+    the first row, the other pointers are not. hat, only with dx: what the product for dw_down reads in place of x.
     """
     z_ptr += row0 * R
     if q_ptr is not None:
@@ -201,6 +201,8 @@ def backward_rest(a1, a2, g_ptr, x_ptr, z_ptr, wd_ptr, gamma_ptr, dx_ptr, q_ptr,
         EVEN: tl.constexpr = D % BN == 0
         x_ptr += row0 * D
         dx_ptr += row0 * D
+        if hat_ptr is not None:
+            hat_ptr += row0 * D
         s1 = tl.zeros((BM,), tl.float32)
         s2 = tl.zeros((BM,), tl.float32)
         if NORM:
@@ -213,27 +215,30 @@ def backward_rest(a1, a2, g_ptr, x_ptr, z_ptr, wd_ptr, gamma_ptr, dx_ptr, q_ptr,
         for d0 in tl.range(0, D, BN, num_stages=NS):
             rd = d0 + tl.arange(0, BN)
             gn = product_w_down(p1, p2, wd_ptr, gamma_ptr, rd, R, R1, R2, D, EVEN, NORM)
-            store_dx(dx_ptr, g_ptr, x_ptr, gn, s1 / D, s2 / D, mean, rstd, rm, rd, mm, D, EVEN, NORM, QSCALE, ADD_X)
+            store_dx(dx_ptr, g_ptr, x_ptr, hat_ptr, gn, s1 / D, s2 / D, mean, rstd, rm, rd, mm,
+                     D, EVEN, NORM, QSCALE, ADD_X)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
-def backward_fused(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr, M, scale,
-                   D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
+def backward_fused(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr, low_ptr,
+                   hat_ptr, M, scale, D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
                    BK: tl.constexpr, BN: tl.constexpr, HLD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
                    QSCALE: tl.constexpr, ADD_X: tl.constexpr, NS: tl.constexpr):  # fmt: skip
-    """For BM rows all that backward_rest gives, from grad."""
+    """For BM rows all that backward_rest gives, from grad; low: grad as it is multiplied."""
     row0 = tl.program_id(0).to(tl.int64) * BM
     rm = tl.arange(0, BM)
     mm = rm < (M - row0)
     g_ptr += row0 * D
+    if low_ptr is not None:
+        low_ptr += row0 * D
     mean, rstd = load_statistics(st_ptr, row0, rm, mm, NORM)
-    a1, a2 = grad_bottleneck(g_ptr, wu_ptr, rm, mm, 0, D, R, R1, R2, R1 <= R, BM, BK, NS)
-    backward_rest(a1, a2, g_ptr, x_ptr, z_ptr, wd_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr,
+    a1, a2 = grad_bottleneck(g_ptr, low_ptr, wu_ptr, rm, mm, 0, D, R, R1, R2, R1 <= R, BM, BK, NS)
+    backward_rest(a1, a2, g_ptr, x_ptr, z_ptr, wd_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr, hat_ptr,
                   mean, rstd, row0, rm, mm, scale, D, R, R1, R2, BM, BN, HLD, ACT, NORM, QSCALE, ADD_X, NS)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["M"])
-def backward_dz(g_ptr, z_ptr, st_ptr, wu_ptr, q_ptr, h_ptr, part_ptr, M, scale,
+def backward_dz(g_ptr, z_ptr, st_ptr, wu_ptr, q_ptr, h_ptr, part_ptr, low_ptr, M, scale,
                 D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
                 HLD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr, QSCALE: tl.constexpr,
                 NS: tl.constexpr):  # fmt: skip
@@ -244,7 +249,9 @@ def backward_dz(g_ptr, z_ptr, st_ptr, wu_ptr, q_ptr, h_ptr, part_ptr, M, scale,
     r0 = tl.program_id(1) * R1
     r = r0 + tl.arange(0, R1)
     mean, rstd = load_statistics(st_ptr, row0, rm, mm, NORM)
-    a, _ = grad_bottleneck(g_ptr + row0 * D, wu_ptr, rm, mm, r0, D, R, R1, 0, R % R1 == 0, BM, BK, NS)
+    if low_ptr is not None:
+        low_ptr += row0 * D
+    a, _ = grad_bottleneck(g_ptr + row0 * D, low_ptr, wu_ptr, rm, mm, r0, D, R, R1, 0, R % R1 == 0, BM, BK, NS)
     if q_ptr is not None:
         q_ptr += row0 * R
     if h_ptr is not None:
@@ -277,7 +284,7 @@ def product_w_down_split(q_ptr, wd_ptr, gamma_ptr, rm, rd, mm, R: tl.constexpr, 
 
 
 @triton.jit(do_not_specialize=["M"])
-def backward_dx(q_ptr, g_ptr, x_ptr, st_ptr, wd_ptr, gamma_ptr, dx_ptr, M,
+def backward_dx(q_ptr, g_ptr, x_ptr, st_ptr, wd_ptr, gamma_ptr, dx_ptr, hat_ptr, M,
                 D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
                 NORM: tl.constexpr, QSCALE: tl.constexpr, ADD_X: tl.constexpr, NS: tl.constexpr):  # fmt: skip
     """backward_fused's second half: dx for BM rows from q."""
@@ -288,6 +295,8 @@ def backward_dx(q_ptr, g_ptr, x_ptr, st_ptr, wd_ptr, gamma_ptr, dx_ptr, M,
     x_ptr += row0 * D
     g_ptr += row0 * D
     dx_ptr += row0 * D
+    if hat_ptr is not None:
+        hat_ptr += row0 * D
     mean, rstd = load_statistics(st_ptr, row0, rm, mm, NORM)
     EVEN: tl.constexpr = D % BN == 0
     s1 = tl.zeros((BM,), tl.float32)
@@ -302,7 +311,8 @@ def backward_dx(q_ptr, g_ptr, x_ptr, st_ptr, wd_ptr, gamma_ptr, dx_ptr, M,
     for d0 in range(0, D, BN):
         rd = d0 + tl.arange(0, BN)
         gn = product_w_down_split(q_ptr, wd_ptr, gamma_ptr, rm, rd, mm, R, R1, D, BM, BN, NORM, NS)
-        store_dx(dx_ptr, g_ptr, x_ptr, gn, s1 / D, s2 / D, mean, rstd, rm, rd, mm, D, EVEN, NORM, QSCALE, ADD_X)
+        store_dx(dx_ptr, g_ptr, x_ptr, hat_ptr, gn, s1 / D, s2 / D, mean, rstd, rm, rd, mm,
+                 D, EVEN, NORM, QSCALE, ADD_X)  # fmt: skip
 
 
 @triton.jit

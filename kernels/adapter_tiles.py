@@ -2,7 +2,8 @@
 
 Names: rows of x are D wide, the bottleneck is R wide and cut into tiles R1 + R2 (R2 = 0: one tile). A kernel works on
 BM rows at a time; pointers arrive moved to the first of them (64-bit), so that offsets inside a tile fit 32 bits.
-Masked lanes read 0. Arithmetic is fp32; operands of a dot have the storage type.
+Masked lanes read 0. Arithmetic is fp32; operands of a dot have the weights' type, which those of d-wide rows need not
+have: under autocast the residual stream is fp32 where the weights are bf16 or fp16.
 """
 
 import triton
@@ -139,15 +140,15 @@ def finish_z(acc, mean, rstd, bd_ptr, ws_ptr, r, R: tl.constexpr, NE: tl.constex
 def project_down(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, rm, mm, r0, eps,
                  D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, NE1: tl.constexpr,
                  BM: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr, NS: tl.constexpr):  # fmt: skip
-    """z = n(x) w_down^T + b_down for the bottleneck's columns r0 ... r0 + R1 + R2, rounded to the storage type.
+    """z = n(x) w_down^T + b_down for the bottleneck's columns r0 ... r0 + R1 + R2, rounded to the weights' type.
 
     NORM 0: no norm. 1: statistics first, then x is read again and normalised before the dot (as torch rounds).
-    2: one pass, z = rstd (x wd^T - mean ws) + bd with wd, ws, bd from fold_weights.
+    2: one pass, z = rstd (x wd^T - mean ws) + bd with wd, ws, bd from fold_weights; x of the weights' type.
     """
     EVEN: tl.constexpr = D % BK == 0
     R2P: tl.constexpr = R2 if R2 > 0 else 16
     NE2: tl.constexpr = R1 + R2 <= R
-    DT: tl.constexpr = x_ptr.dtype.element_ty
+    DT: tl.constexpr = wd_ptr.dtype.element_ty
     q1 = r0 + tl.arange(0, R1)
     q2 = r0 + R1 + tl.arange(0, R2P)
     z1 = tl.zeros((BM, R1), tl.float32)
@@ -168,7 +169,8 @@ def project_down(x_ptr, wd_ptr, bd_ptr, ws_ptr, gamma_ptr, beta_ptr, rm, mm, r0,
             n = (x.to(tl.float32) - mean[:, None]) * rstd[:, None] * load_vector(gamma_ptr, rd, D, EVEN)[None, :]
             if beta_ptr is not None:
                 n += load_vector(beta_ptr, rd, D, EVEN)[None, :]
-            x = n.to(DT)
+            x = n
+        x = x.to(DT)
         z1 = tl.dot(x, load_weight(wd_ptr, rd, q1, D, R, 1, D, EVEN, NE1), z1, input_precision="ieee")
         if R2 > 0:
             z2 = tl.dot(x, load_weight(wd_ptr, rd, q2, D, R, 1, D, EVEN, NE2), z2, input_precision="ieee")
@@ -208,6 +210,15 @@ def store_output(y_ptr, x_ptr, res1_ptr, res2_ptr, bu_ptr, u, rm, rd, mm, scale,
 
 
 @triton.jit
+def to_product(t, low_ptr, w_ptr, rm, rd, mm, D: tl.constexpr, EVEN: tl.constexpr):
+    """t in the type of the weights it is multiplied by; to memory as well, where a product over the rows reads it."""
+    t = t.to(w_ptr.dtype.element_ty)
+    if low_ptr is not None:
+        store_rows(low_ptr, rm, rd, mm, t, D, D, EVEN)
+    return t
+
+
+@triton.jit
 def add_bottleneck_grad(a1, a2, g, wu_ptr, rd, q1, q2, D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr,
                         R2: tl.constexpr, EVEN: tl.constexpr, NE1: tl.constexpr):  # fmt: skip
     """a + g w_up for the columns rd of g; those beyond D are zero."""
@@ -218,9 +229,10 @@ def add_bottleneck_grad(a1, a2, g, wu_ptr, rd, q1, q2, D: tl.constexpr, R: tl.co
 
 
 @triton.jit
-def grad_bottleneck(g_ptr, wu_ptr, rm, mm, r0, D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr,
-                    NE1: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, NS: tl.constexpr):  # fmt: skip
-    """grad w_up for the bottleneck's columns r0 ... r0 + R1 + R2."""
+def grad_bottleneck(g_ptr, low_ptr, wu_ptr, rm, mm, r0, D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr,
+                    R2: tl.constexpr, NE1: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+                    NS: tl.constexpr):  # fmt: skip
+    """grad w_up for the bottleneck's columns r0 ... r0 + R1 + R2; low: grad as it is multiplied, from the first."""
     EVEN: tl.constexpr = D % BK == 0
     R2P: tl.constexpr = R2 if R2 > 0 else 16
     q1 = r0 + tl.arange(0, R1)
@@ -230,6 +242,7 @@ def grad_bottleneck(g_ptr, wu_ptr, rm, mm, r0, D: tl.constexpr, R: tl.constexpr,
     for d0 in tl.range(0, D, BK, num_stages=NS):
         rd = d0 + tl.arange(0, BK)
         g = load_rows(g_ptr, rm, rd, mm, D, EVEN)
+        g = to_product(g, low_ptr, wu_ptr, rm, rd, mm & (r0 == 0), D, EVEN)
         a1, a2 = add_bottleneck_grad(a1, a2, g, wu_ptr, rd, q1, q2, D, R, R1, R2, EVEN, NE1)
     return a1, a2
 
@@ -265,14 +278,19 @@ def store_ones(h_ptr, rm, mm, R: tl.constexpr, HLD: tl.constexpr):
 
 
 @triton.jit
-def store_dx(dx_ptr, g_ptr, x_ptr, gn, m1, m2, mean, rstd, rm, rd, mm, D: tl.constexpr, EVEN: tl.constexpr,
+def store_dx(dx_ptr, g_ptr, x_ptr, hat_ptr, gn, m1, m2, mean, rstd, rm, rd, mm, D: tl.constexpr, EVEN: tl.constexpr,
              NORM: tl.constexpr, QSCALE: tl.constexpr, ADD_X: tl.constexpr):  # fmt: skip
-    """One chunk of dx from gn, the gradient of the normalised x (no norm: of x); m1, m2: means of gn, gn*xhat."""
+    """One chunk of dx from gn, the gradient of the normalised x (no norm: of x); m1, m2: means of gn, gn*xhat. hat:
+    xhat (no norm: x) as the product over the rows reads it."""
     if NORM:
         xhat = (load_rows(x_ptr, rm, rd, mm, D, EVEN).to(tl.float32) - mean[:, None]) * rstd[:, None]
+        if hat_ptr is not None:
+            store_rows(hat_ptr, rm, rd, mm, xhat, D, D, EVEN)
         gn = gn - m1[:, None] - xhat * m2[:, None]
         if not QSCALE:
             gn = gn * rstd[:, None]
+    elif hat_ptr is not None:
+        store_rows(hat_ptr, rm, rd, mm, load_rows(x_ptr, rm, rd, mm, D, EVEN), D, D, EVEN)
     if ADD_X:
         gn += load_rows(g_ptr, rm, rd, mm, D, EVEN).to(tl.float32)
     store_rows(dx_ptr, rm, rd, mm, gn, D, D, EVEN)

@@ -103,8 +103,18 @@ def check_matrix(function: str, name: str, x) -> None:
         raise ValueError(f"{function}: {name} has strides {x.stride()}, expected a contiguous tensor")
 
 
+def widest(*tensors, dtype: torch.dtype | None = None) -> torch.dtype:
+    """Semantics: the dtype of a sum of these and one of `dtype`, as torch promotes; None adds nothing."""
+    for t in tensors:
+        if t is not None and t.dtype is not dtype:
+            dtype = t.dtype if dtype is None else torch.promote_types(dtype, t.dtype)
+    return dtype
+
+
 def check_tensor(function: str, name: str, t, shape, dtype, device, why: str = "x") -> None:
-    """A kernel trusts its pointers: what does not match would be read out of bounds."""
+    """A kernel trusts its pointers: what does not match would be read out of bounds. dtype None: any that they take."""
+    if dtype is None:
+        dtype = t.dtype if t.dtype in FLOATS else torch.float32
     if t.shape == shape and t.dtype is dtype and t.device == device and t.is_contiguous():
         return
     if t.shape != shape:

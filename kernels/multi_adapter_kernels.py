@@ -117,7 +117,7 @@ def backward(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_ptr, q_p
         mm = at < end
         rm = row_numbers(order_ptr, at, mm, UNIT)
         mean, rstd = load_statistics(st_ptr, 0, rm, mm, NORM)
-        a1, a2 = grad_bottleneck(g_ptr, wu_ptr, rm, mm, 0, D, R, R1, R2, R1 <= R, BM, BK, NS)
+        a1, a2 = grad_bottleneck(g_ptr, None, wu_ptr, rm, mm, 0, D, R, R1, R2, R1 <= R, BM, BK, NS)
         r1 = tl.arange(0, R1)
         p1 = emit_bottleneck(a1, z_ptr, q_ptr, None, part_ptr, rm, mm, r1, mean, rstd, scale, R, R1 <= R, R, ACT, False)
         p2 = p1
@@ -139,7 +139,8 @@ def backward(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_ptr, q_p
             for d0 in tl.range(0, D, BN, num_stages=NS):
                 rd = d0 + tl.arange(0, BN)
                 gn = product_w_down(p1, p2, wd_ptr, gamma_ptr, rd, R, R1, R2, D, EVEN, NORM)
-                store_dx(dx_ptr, g_ptr, x_ptr, gn, s1 / D, s2 / D, mean, rstd, rm, rd, mm, D, EVEN, NORM, False, ADD_X)
+                store_dx(dx_ptr, g_ptr, x_ptr, None, gn, s1 / D, s2 / D, mean, rstd, rm, rd, mm,
+                         D, EVEN, NORM, False, ADD_X)  # fmt: skip
 
 
 @triton.jit

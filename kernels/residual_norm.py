@@ -36,18 +36,21 @@ def tile(table, d: int) -> tuple[int, int, int]:
     return max(1, elements // block), block, warps
 
 
-def residual_norm_forward(x, f, weight, bias, mask, seed, tail, emit, eps, dropout, save):
+def residual_norm_forward(x, f, weight, bias, mask, seed, tail, emit, eps, dropout, save, *, mixed: bool = False):
     """Semantics: (s, n, stats): s[i] = x[i] + drop(f[i]), n[i] = norm(s[i]); s[i] = x[i] in skipped samples.
 
     x, f [rows, d]; weight, bias [d]; mask bool [batch]; seed int64 [1]; f, weight, bias, mask and seed may be None.
-    Dense, of one dtype. tail: 0 none, 1 LayerNorm, 2 RMSNorm; emit: bit 0 wants s, bit 1 n. Statistics in fp32 of the
-    rounded s. s has no elements unless f is given and (emit & 1 or (save and tail)), n unless emit & 2, stats [rows, 2]
-    unless save and tail.
+    Dense, of one dtype, or `mixed`: s of the wider of x's and f's (of bf16 and fp16: fp32), n of the wider of s's and
+    weight's. tail: 0 none, 1 LayerNorm, 2 RMSNorm; emit: bit 0 wants s, bit 1 n. Statistics in fp32 of the rounded s. s
+    has no elements unless f is given and (emit & 1 or (save and tail)), n unless emit & 2, stats [rows, 2] unless save
+    and tail.
     """
     name = "residual_norm_forward"
-    rows, d = _check(name, x, (("f", f),), (("weight", weight), ("bias", bias)), mask, seed, dropout)
-    s = x.new_empty(x.shape if f is not None and (emit & SUM or save and tail) else 0)
-    n = x.new_empty(x.shape if emit & NORM else 0)
+    rows, d = _check(name, x, (("f", f),), (("weight", weight), ("bias", bias)), mask, seed, dropout, mixed=mixed)
+    s_dtype = launching.widest(x, f) if mixed else x.dtype
+    n_dtype = launching.widest(weight, dtype=s_dtype) if mixed else x.dtype
+    s = x.new_empty(x.shape if f is not None and (emit & SUM or save and tail) else 0, dtype=s_dtype)
+    n = x.new_empty(x.shape if emit & NORM else 0, dtype=n_dtype)
     stats = x.new_empty((rows, 2) if save and tail else 0, dtype=torch.float32)
     if rows and any(t.numel() for t in (s, n, stats)):
         block_m, block, warps = tile(FORWARD, d)
@@ -62,22 +65,26 @@ def residual_norm_forward(x, f, weight, bias, mask, seed, tail, emit, eps, dropo
     return s, n, stats
 
 
-def residual_norm_backward(g_s, g_n, s, stats, weight, mask, seed, tail, dropout, needs):
+def residual_norm_backward(g_s, g_n, s, stats, weight, mask, seed, tail, dropout, needs, *, mixed: tuple = ()):
     """Semantics: (dx, df, dweight, dbias); bit i of `needs` asks for the i-th, the others have no elements.
 
     g_s, g_n [rows, d], one of them may be None; s and stats as the forward gave them (s is x where f was None), read
-    only with g_n. Sums in fp32 in a fixed order, no atomics: the same bits every time.
+    only with g_n. Sums in fp32 in a fixed order, no atomics: the same bits every time. mixed: the dtypes of dx, df,
+    dweight and dbias, where those of the arguments differ; without, all are of one dtype.
     """
     name = "residual_norm_backward"
     like = g_n if g_s is None else g_s
     reads = (("g_s", g_s), ("g_n", g_n), ("s", s if g_n is not None else None))
-    rows, d = _check(name, like, reads, (("weight", weight),), mask, seed, dropout, "g_s or g_n")
+    rows, d = _check(name, like, reads, (("weight", weight),), mask, seed, dropout, "g_s or g_n", mixed=bool(mixed))
     if g_n is not None:
         launching.check_tensor(name, "stats", stats, (rows, 2), torch.float32, like.device, "g_n")
-    dx, df = (like.new_empty(like.shape if needs & bit else 0) for bit in (DX, DF))
+    x_dtype, f_dtype, *dtypes = mixed or (like.dtype,) * 4
+    dx = like.new_empty(like.shape if needs & DX else 0, dtype=x_dtype)
+    df = like.new_empty(like.shape if needs & DF else 0, dtype=f_dtype)
     sums = needs & (DWEIGHT | DBIAS)
     fill = like.new_empty if rows and g_n is not None else like.new_zeros
-    dweight, dbias = (fill(d if needs & bit else 0) for bit in (DWEIGHT, DBIAS))
+    dweight = fill(d if needs & DWEIGHT else 0, dtype=dtypes[0])
+    dbias = fill(d if needs & DBIAS else 0, dtype=dtypes[1])
     if not rows or not (needs & (DX | DF) or sums and g_n is not None):
         return dx, df, dweight, dbias
     block_m, block, warps = tile(BACKWARD, d)
@@ -118,17 +125,17 @@ def _scalars(rows, mask, dropout):
     return sample, threshold - (threshold >> 31 << 32), 1 / (1 - dropout)
 
 
-def _check(name, x, matrices, vectors, mask, seed, dropout, why="x"):
+def _check(name, x, matrices, vectors, mask, seed, dropout, why="x", mixed=False):
     launching.check_matrix(name, why, x)
     rows, d = x.shape
     if not 1 <= d <= WIDEST:
         raise ValueError(f"{name}: {why} has {d} columns, expected 1 to {WIDEST}")
     for what, t in matrices:
         if t is not None and t is not x:
-            launching.check_tensor(name, what, t, (rows, d), x.dtype, x.device, why)
+            launching.check_tensor(name, what, t, (rows, d), None if mixed else x.dtype, x.device, why)
     for what, t in vectors:
         if t is not None:
-            launching.check_tensor(name, what, t, (d,), x.dtype, x.device, why)
+            launching.check_tensor(name, what, t, (d,), None if mixed else x.dtype, x.device, why)
     if mask is not None:
         launching.check_tensor(name, "mask", mask, mask.shape[:1], torch.bool, x.device, "a batch")
         if rows % max(mask.numel(), 1):

@@ -2,7 +2,8 @@
 
 A program holds BM whole rows in registers, BD (a power of two) >= D columns wide: one pass over memory. Row counts,
 samples and dropout are neither constexprs nor specialised on: no new batch compiles anything. Absent tensors are None.
-TAIL: 0 none, 1 LayerNorm, 2 RMSNorm.
+TAIL: 0 none, 1 LayerNorm, 2 RMSNorm. Each tensor is of its own dtype; s, where it is not kept, of x's if f has it too,
+else fp32.
 """
 
 import triton
@@ -45,6 +46,8 @@ def forward(x_ptr, f_ptr, gamma_ptr, beta_ptr, mask_ptr, seed_ptr, s_ptr, n_ptr,
             M, sample, threshold, factor, eps,
             D: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr):  # fmt: skip
     """s = x + drop(f) rounded, n = norm(s): each read and written once."""
+    SAME: tl.constexpr = f_ptr is None or f_ptr.dtype.element_ty == x_ptr.dtype.element_ty
+    ST: tl.constexpr = x_ptr.dtype.element_ty if SAME else tl.float32
     row0 = tl.program_id(0).to(tl.int64) * BM
     rm = tl.arange(0, BM)
     mm = rm < (M - row0)
@@ -59,10 +62,10 @@ def forward(x_ptr, f_ptr, gamma_ptr, beta_ptr, mask_ptr, seed_ptr, s_ptr, n_ptr,
         f = load_rows(f_ptr + row0 * D, rm, cols, read, D, EVEN)
         if seed_ptr is not None:
             keep = keep_factor(seed_ptr, row0, rm, threshold, factor, D, BM, BD)
-            f = (f.to(tl.float32) * keep).to(x.dtype)  # rounds where torch's dropout does
-        s = (x.to(tl.float32) + f.to(tl.float32)).to(x.dtype)
+            f = (f.to(tl.float32) * keep).to(f.dtype)  # rounds where torch's dropout does
+        s = (x.to(tl.float32) + f.to(tl.float32)).to(ST)
         if mask_ptr is not None:
-            s = tl.where(skip[:, None], x, s)
+            s = tl.where(skip[:, None], x.to(ST), s)
         if s_ptr is not None:
             store_rows(s_ptr + row0 * D, rm, cols, mm, s, D, D, EVEN)
     else:

@@ -18,6 +18,7 @@ from .adapter_tiles import (
     merge_statistics,
     store_rows,
     store_statistics,
+    to_product,
 )
 
 
@@ -117,12 +118,14 @@ def tail_grad(gs_ptr, gn_ptr, s_ptr, gamma_ptr, g_ptr, m1, m2, mean, rstd, rm, r
 
 @triton.jit(do_not_specialize=["M"])
 def site_backward(gs_ptr, gn_ptr, s_ptr, tail_st_ptr, tail_gamma_ptr, tail_part_ptr,
-                  g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr, M, scale,
+                  g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr, low_ptr,
+                  hat_ptr, M, scale,
                   D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
                   BK: tl.constexpr, BN: tl.constexpr, HLD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
                   QSCALE: tl.constexpr, ADD_X: tl.constexpr, TAIL: tl.constexpr, BIAS: tl.constexpr,
                   NS: tl.constexpr):  # fmt: skip
-    """For BM rows: g through the tail norm, each chunk of it multiplied by w_up where it arises, then backward_rest."""
+    """For BM rows: g through the tail norm, each chunk of it multiplied by w_up where it arises (low: as it is
+    multiplied), then backward_rest."""
     row0 = tl.program_id(0).to(tl.int64) * BM
     rm = tl.arange(0, BM)
     mm = rm < (M - row0)
@@ -131,6 +134,8 @@ def site_backward(gs_ptr, gn_ptr, s_ptr, tail_st_ptr, tail_gamma_ptr, tail_part_
     g_ptr += row0 * D
     if gs_ptr is not None:
         gs_ptr += row0 * D
+    if low_ptr is not None:
+        low_ptr += row0 * D
     if tail_part_ptr is not None:
         tail_part_ptr += tl.program_id(0).to(tl.int64) * (2 * D)
     tail_mean, tail_rstd = load_statistics(tail_st_ptr, row0, rm, mm, True)
@@ -145,8 +150,9 @@ def site_backward(gs_ptr, gn_ptr, s_ptr, tail_st_ptr, tail_gamma_ptr, tail_part_
     for d0 in tl.range(0, D, BK, num_stages=NS):
         rd = d0 + tl.arange(0, BK)
         g = tail_grad(gs_ptr, gn_ptr, s_ptr, tail_gamma_ptr, g_ptr, m1, m2, tail_mean, tail_rstd, rm, rd, mm, D, EVEN)
+        g = to_product(g, low_ptr, wu_ptr, rm, rd, mm, D, EVEN)
         a1, a2 = add_bottleneck_grad(a1, a2, g, wu_ptr, rd, q1, q2, D, R, R1, R2, EVEN, R1 <= R)
     tl.debug_barrier()
     mean, rstd = load_statistics(st_ptr, row0, rm, mm, NORM)
-    backward_rest(a1, a2, g_ptr, x_ptr, z_ptr, wd_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr,
+    backward_rest(a1, a2, g_ptr, x_ptr, z_ptr, wd_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr, hat_ptr,
                   mean, rstd, row0, rm, mm, scale, D, R, R1, R2, BM, BN, HLD, ACT, NORM, QSCALE, ADD_X, NS)  # fmt: skip

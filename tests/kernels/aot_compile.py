@@ -126,43 +126,58 @@ def meta(*shape, dtype):
     return torch.empty(*shape, dtype=dtype, device="meta")  # nothing is read
 
 
-def call_adapter(direction, dtype, d, r, rows, norm=True, activation=1):
-    """One forward or backward that asks for everything."""
+def call_adapter(direction, dtype, d, r, rows, norm=True, activation=1, autocast=""):
+    """One forward or backward that asks for everything. autocast: "residual", the adapter reads the fp32 stream, or
+    "sublayer", it reads f, which is of `dtype`, and the stream is a residual."""
+    stream = torch.float32 if autocast else dtype
     x, w_down, w_up = (meta(*shape, dtype=dtype) for shape in ((rows, d), (r, d), (d, r)))
-    gamma, beta = (meta(d, dtype=dtype), meta(d, dtype=dtype)) if norm else (None, None)
+    x, residual = meta(rows, d, dtype=stream if autocast == "residual" else dtype), x
+    gamma, beta = (meta(d, dtype=stream), meta(d, dtype=stream)) if norm else (None, None)
     if direction == "forward":
-        b_down, b_up = meta(r, dtype=dtype), meta(d, dtype=dtype)
-        adapter.adapter_forward(x, w_down, b_down, w_up, b_up, gamma, beta, x, None, True, 1e-5, activation, 0.5, True)
+        b_down, b_up, options = meta(r, dtype=dtype), meta(d, dtype=dtype), dict(mixed=bool(autocast))
+        residual = meta(rows, d, dtype=stream) if autocast == "sublayer" else residual
+        rest = residual, None, True, 1e-5, activation, 0.5, True
+        adapter.adapter_forward(x, w_down, b_down, w_up, b_up, gamma, beta, *rest, **options)
     else:
-        z, stats = meta(rows, r, dtype=dtype), meta(rows, 2, dtype=torch.float32)
-        adapter.adapter_backward(x, x, z, stats, w_down, w_up, gamma, beta, True, activation, 0.5, 127)
+        z, stats, grad = meta(rows, r, dtype=dtype), meta(rows, 2, dtype=torch.float32), meta(rows, d, dtype=stream)
+        options = dict(mixed=stream, low=True) if autocast else {}
+        rest = True, activation, 0.5, 127
+        adapter.adapter_backward(grad, x, z, stats, w_down, w_up, gamma, beta, *rest, **options)
 
 
-def call_site(direction, dtype, d, r, rows, norm=True, activation=1, tail=1, emit_s=True, save=True, needs=511):
-    """One forward or backward that asks for everything; d-wide residuals and gradients are there, unless not saved."""
-    x, w_down, w_up = (meta(*shape, dtype=dtype) for shape in ((rows, d), (r, d), (d, r)))
-    b_down, vector = meta(r, dtype=dtype), meta(d, dtype=dtype)
+def call_site(direction, dtype, d, r, rows, norm=True, activation=1, tail=1, emit_s=True, save=True, needs=511,
+              autocast=""):  # fmt: skip
+    """One forward or backward that asks for everything; d-wide residuals and gradients are there, unless not saved.
+    autocast: as above."""
+    stream = torch.float32 if autocast else dtype
+    f, w_down, w_up = (meta(*shape, dtype=dtype) for shape in ((rows, d), (r, d), (d, r)))
+    b_down, b_up, vector, s = meta(r, dtype=dtype), meta(d, dtype=dtype), *(meta(*n, dtype=stream) for n in ((d,), f.shape))
+    x, f = (f, s) if autocast == "sublayer" else (s, f)
     own = (vector, vector) if norm else (None, None)
     if direction == "site_forward":
-        behind = vector, vector if tail == 1 else None
-        site.site_forward(x, w_down, b_down, w_up, vector, *own, x, x if save else None, *behind, True, 1e-5,
-                          activation, 0.5, tail, 1e-6, emit_s, save)  # fmt: skip
+        behind, options = (vector, vector if tail == 1 else None), dict(mixed=bool(autocast))
+        site.site_forward(x, w_down, b_down, w_up, b_up, *own, f, s if save else None, *behind, True, 1e-5,
+                          activation, 0.5, tail, 1e-6, emit_s, save, **options)  # fmt: skip
     else:
         z, stats = meta(rows, r, dtype=dtype), meta(rows, 2, dtype=torch.float32)
-        site.site_backward(x if emit_s else None, x, x, stats, vector, x, z, stats, w_down, w_up, *own, True,
-                           activation, 0.5, tail, needs)  # fmt: skip
+        options = dict(mixed=stream, low=True) if autocast else {}
+        site.site_backward(s if emit_s else None, s, s, stats, vector, x, z, stats, w_down, w_up, *own, True,
+                           activation, 0.5, tail, needs, **options)  # fmt: skip
 
 
-def call_residual_norm(direction, dtype, d, rows=1000, tail=1, dropout=0.1, mask=True, sublayer=True):
-    x, vector, stats = meta(rows, d, dtype=dtype), meta(d, dtype=dtype), meta(rows, 2, dtype=torch.float32)
-    weight, bias, f = vector if tail else None, vector if tail == 1 else None, x if sublayer else None
+def call_residual_norm(direction, dtype, d, rows=1000, tail=1, dropout=0.1, mask=True, sublayer=True, autocast=False):
+    """autocast: all but f is fp32."""
+    stream, f = torch.float32 if autocast else dtype, meta(rows, d, dtype=dtype) if sublayer else None
+    x, vector, stats = meta(rows, d, dtype=stream), meta(d, dtype=stream), meta(rows, 2, dtype=torch.float32)
+    weight, bias = vector if tail else None, vector if tail == 1 else None
     skipped, seed = meta(8, dtype=torch.bool) if mask else None, meta(1, dtype=torch.int64)
     if direction == "forward":
-        emit = 3 if tail else 1
-        residual_norm.residual_norm_forward(x, f, weight, bias, skipped, seed, tail, emit, 1e-5, dropout, True)
+        rest = skipped, seed, tail, 3 if tail else 1, 1e-5, dropout, True
+        residual_norm.residual_norm_forward(x, f, weight, bias, *rest, mixed=autocast)
     else:
         needs, g_n = 15 if tail == 1 else 7 if tail else 3, x if tail else None
-        residual_norm.residual_norm_backward(x, g_n, x, stats, weight, skipped, seed, tail, dropout, needs)
+        rest, dtypes = (skipped, seed, tail, dropout, needs), (stream, dtype, stream, stream) if autocast else ()
+        residual_norm.residual_norm_backward(x, g_n, x, stats, weight, *rest, mixed=dtypes)
 
 
 def call_phm(direction, dtype, needs=3):

@@ -303,7 +303,7 @@ def test_nothing_outside_the_rows_is_touched(monkeypatch):
 
     config = tile(40, 12, block_m=16)
     monkeypatch.setattr(torch.Tensor, "new_empty", between)
-    monkeypatch.setattr(torch, "empty_like", lambda t: t.new_empty(t.shape))
+    monkeypatch.setattr(torch, "empty_like", lambda t, dtype=None: t.new_empty(t.shape, dtype=dtype))
     saved, _, _, settings = check(t, config=config)
     before = len(guards)
     _, n, *_ = forward(t, settings, False, False, config)
