@@ -10,7 +10,6 @@ import os
 import torch
 
 from . import backends
-from ._autocast import autocast_dtype
 
 __all__ = ["by_torch", "eager", "norm_by_torch"]
 _FOUND: dict[tuple, tuple] = {}
@@ -42,8 +41,6 @@ def by_torch(op: str, backend: str, x: torch.Tensor) -> bool:
 
 def norm_by_torch(backend: str, x: torch.Tensor) -> bool:
     """Semantics: are a sum and its norm over x, nothing dropped or skipped, torch's own calls in eager code?"""
-    if not x.is_cpu and autocast_dtype(x) is not None:  # it has norms in fp32
-        return True
     names = eager("residual_norm", backend, x)
     if names == _TORCH:  # whose statistics on the CPU are of x's dtype
         return not x.is_cpu or x.dtype in (torch.float32, torch.float64)

@@ -34,6 +34,7 @@ __all__ = [
     "resolve",
     "resolve_for",
     "serving",
+    "takes_mixed",
     "tuned",
     "verify",
 ]
@@ -270,6 +271,18 @@ def if_served(op: str, backend: str, device: str, dtype: torch.dtype) -> str | N
         return resolve_for(op, backend, device, dtype).name
     _check_name(op, backend)
     return asked if _serves(op, asked, device, dtype, _environment("TRITON_INTERPRET")) else None
+
+
+def takes_mixed(op: str, backend: str, device: str) -> bool:
+    """Semantics: is an eager call of `op` whose tensors are of several dtypes, as under torch.autocast, served by a
+    kernel that takes them as they are: Triton's, where "auto" or who asks by name means it.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return False
+    asked = (_environment("FASTPETL_BACKEND") or "auto") if backend == "auto" else backend
+    if asked == "auto":
+        return candidates(op, device, torch.float32)[0] == "triton"
+    return asked == "triton" and _serves(op, asked, device, torch.float32, _environment("TRITON_INTERPRET"))
 
 
 def of_size(op: str, name: str, x: torch.Tensor, width: int, backward: bool = False) -> str:

@@ -221,7 +221,8 @@ def backward_rest(a1, a2, g_ptr, x_ptr, z_ptr, wd_ptr, gamma_ptr, dx_ptr, q_ptr,
 
 @triton.jit(do_not_specialize=["M"])
 def backward_fused(g_ptr, x_ptr, z_ptr, st_ptr, wd_ptr, wu_ptr, gamma_ptr, dx_ptr, q_ptr, h_ptr, part_ptr, low_ptr,
-                   hat_ptr, M, scale, D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
+                   hat_ptr, M, scale,
+                   D: tl.constexpr, R: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BM: tl.constexpr,
                    BK: tl.constexpr, BN: tl.constexpr, HLD: tl.constexpr, ACT: tl.constexpr, NORM: tl.constexpr,
                    QSCALE: tl.constexpr, ADD_X: tl.constexpr, NS: tl.constexpr):  # fmt: skip
     """For BM rows all that backward_rest gives, from grad; low: grad as it is multiplied."""

@@ -242,7 +242,7 @@ def grad_bottleneck(g_ptr, low_ptr, wu_ptr, rm, mm, r0, D: tl.constexpr, R: tl.c
     for d0 in tl.range(0, D, BK, num_stages=NS):
         rd = d0 + tl.arange(0, BK)
         g = load_rows(g_ptr, rm, rd, mm, D, EVEN)
-        g = to_product(g, low_ptr, wu_ptr, rm, rd, mm & (r0 == 0), D, EVEN)
+        g = to_product(g, low_ptr, wu_ptr, rm, rd, mm & (rm + r0 == rm), D, EVEN)
         a1, a2 = add_bottleneck_grad(a1, a2, g, wu_ptr, rd, q1, q2, D, R, R1, R2, EVEN, NE1)
     return a1, a2
 

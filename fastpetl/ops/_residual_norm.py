@@ -25,35 +25,38 @@ def _launchers(name: str):
     return reference_forward, reference_backward
 
 
-def run_forward(name, x, f, weight, bias, mask, seed, tail, emit, eps, dropout, save):
+def run_forward(name, x, f, weight, bias, mask, seed, tail, emit, eps, dropout, save, mixed=False):
     """Semantics: (s, n, stats) by backend `name`: s = x + drop(f), n = norm(s); s = x in the rows of skipped samples.
 
     x [rows, d]; f [rows, d], or None: then s is x and not written; weight [d] (None: tail is 0); bias [d] or None; mask
     bool [batch] or None, True = skip: sample b is rows b*(rows/batch) up to (b+1)*(rows/batch), f is not read there;
-    seed int64 [1], None where dropout is 0. Launchers get dense tensors of one dtype and rows > 0.
+    seed int64 [1], None where dropout is 0. Launchers get dense tensors of one dtype and rows > 0; mixed, for "triton"
+    only: of any dtypes.
     tail: 0 none, 1 LayerNorm, 2 RMSNorm. emit: bit 0 wants s, bit 1 wants n. save: a backward will follow.
     s [rows, d]: empty (0 elements) unless f is given and (emit & 1 or (save and tail)); n [rows, d]: empty unless
     emit & 2; stats [rows, 2] fp32, (mean, rstd) of s as rounded to x's dtype, (0, rstd) for RMSNorm: empty unless save
     and tail.
     """
     x, f = rows(x), None if f is None else rows(f)
-    if x.numel() == 0:
+    if x.numel() == 0 and not mixed:
         return empty(x, f is not None, tail, emit, save)
-    return _launchers(name)[0](x, f, dense(weight), dense(bias), dense(mask), seed, tail, emit, eps, dropout, save)
+    args = x, f, dense(weight), dense(bias), dense(mask), seed, tail, emit, eps, dropout, save
+    return _launchers(name)[0](*args, mixed=True) if mixed else _launchers(name)[0](*args)
 
 
-def run_backward(name, g_s, g_n, s, stats, weight, mask, seed, tail, dropout, needs):
+def run_backward(name, g_s, g_n, s, stats, weight, mask, seed, tail, dropout, needs, dtypes=()):
     """Semantics: (dx, df, dweight, dbias) by backend `name`; bit i of `needs` asks for the i-th, others are empty.
 
     g_s, g_n [rows, d], None where that output has no gradient (at least one is given; g_n only with a tail); s and
-    stats as the forward gave them (s is x where f was None).
+    stats as the forward gave them (s is x where f was None). dtypes: of the four gradients, after a mixed forward.
     """
     g_s, g_n = (None if g is None else rows(g) for g in (g_s, g_n))
     like = g_n if g_s is None else g_s
-    if like.numel() == 0:
+    if like.numel() == 0 and not dtypes:
         shapes = (like.shape, like.shape, like.shape[1:], like.shape[1:])
         return tuple(like.new_zeros(shape if needs >> i & 1 else 0) for i, shape in enumerate(shapes))
-    return tuple(_launchers(name)[1](g_s, g_n, s, stats, dense(weight), dense(mask), seed, tail, dropout, needs))
+    args = g_s, g_n, s, stats, dense(weight), dense(mask), seed, tail, dropout, needs
+    return tuple(_launchers(name)[1](*args, mixed=dtypes) if dtypes else _launchers(name)[1](*args))
 
 
 def without_copy(needs, mask, dropout):

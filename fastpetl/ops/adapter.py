@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from .. import backends
 from ..spec import activation_code
+from . import _mixed
 from ._adapter import ACT, eager_backward, eager_forward
 from ._casts import cast
 from ._common import (
@@ -52,8 +53,9 @@ def adapter(
     + f + A(x).
     activation: identity, relu, gelu (erf), gelu_tanh or silu. backend: see `fastpetl.backends`.
     Dtypes: all tensors of one dtype. Under torch.autocast what the products read is cast to its dtype, as F.linear
-    casts it, behind the norm, which is torch's there; residuals keep their own dtype and y has the widest, so a float32
-    residual stream stays float32.
+    casts it, behind the norm; residuals keep their own dtype and y has the widest, so a float32 residual stream stays
+    float32. The Triton kernel does all of that itself; with other backends, and in compiled code, the norm, the cast
+    and residuals of other dtypes are torch's.
     Rounds: the fused backends keep statistics, sums and everything between x and y in fp32 except the pre-activation
     kept for backward; see `adapter_reference` for where plain torch rounds.
     Gradients: for every tensor argument, computed only where wanted, deterministic; not differentiable twice except
@@ -69,6 +71,9 @@ def adapter(
         return _call((*mine, *fused, *_NONE[len(fused) :]), add_x, eps, code, scale, backend)
     eps, scale = number("adapter", "eps", eps), number("adapter", "scale", scale)
     residuals = _residuals(residuals)
+    y = _mixed.adapter(x, mine[1:], residuals, eps, code, scale, backend)
+    if y is not None:
+        return y
     stream = x
     dtype = autocast_dtype(x) if isinstance(x, torch.Tensor) else None
     if dtype is not None:

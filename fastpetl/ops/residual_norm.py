@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from .. import backends
 from .._by_torch import norm_by_torch
 from ..spec import EMITS, TAILS, check_tail
+from . import _mixed
 from ._casts import cast
 from ._common import (
     autocast_dtype,
@@ -63,8 +64,9 @@ def residual_norm(
     tail: "layernorm", "rmsnorm" (no bias, no mean) or None (no weight, emit="sum"). emit: "both", "sum" or "norm".
     dropout: drops elements of f with this probability and scales the rest by 1 / (1 - p), by a Philox mask of the
     element's position under `seed`, the same on every backend and in the backward.
-    Dtypes: all of one dtype; under torch.autocast f and the norm's parameters are cast to x's, on CUDA, where autocast
-    has norms in fp32, x as well.
+    Dtypes: all of one dtype. Under torch.autocast s is of the wider of x's dtype and f's, n too; on CUDA, where
+    autocast has norms in fp32, n is fp32. What the Triton kernel takes as it is, is cast for the other backends, f to
+    x's dtype (on CUDA x to fp32 first).
     Rounds: s to x's dtype, n once; statistics of the rounded s, in fp32.
     Gradients: for x, f, weight and bias, computed only where wanted, deterministic; not differentiable twice except
     with backend="reference" or "torch".
@@ -74,27 +76,44 @@ def residual_norm(
     """
     check_tail("residual_norm", "tail", tail, emit, dropout)
     eps = number("residual_norm", "eps", eps)
+    mixed = None
     if isinstance(x, torch.Tensor) and autocast_dtype(x) is not None:
-        x = x.float() if x.is_cuda else x
-        f, weight, bias = (cast(t, x.dtype) for t in (f, weight, bias))
-    _check(x, f, weight, bias, tail, emit, dropout, seed, mask)
+        mixed = _mixed_dtype(x, f, mask, dropout, backend)
+        if mixed is None:
+            x = x.float() if x.is_cuda else x
+            f = cast(f, x.dtype)
+        weight, bias = (cast(t, x.dtype if mixed is None else mixed) for t in (weight, bias))
+    _check(x, f, weight, bias, tail, emit, dropout, seed, mask, mixed)
     config = TAILS[tail], EMITS[emit], eps, float(dropout)
     tensors = (x, f, weight, bias, mask, seed if dropout else None)
-    s, n = _call(tensors, *config, backend, overwrite)
+    s, n = _call(tensors, *config, backend, overwrite) if mixed is None else _eager("triton", tensors, config, True)
     return (s, n) if emit == "both" else s if emit == "sum" else n
 
 
-def _check(x, f, weight, bias, tail, emit, dropout, seed, mask) -> None:
+def _mixed_dtype(x, f, mask, dropout, backend) -> torch.dtype | None:
+    """The norm's dtype under autocast, where a kernel takes x and f as they are."""
+    if not (f is None or isinstance(f, torch.Tensor) and f.dtype in _mixed.FLOATS and f.dim()):
+        return None
+    if _mixed.serves("residual_norm", x, backend) is None:
+        return None
+    if backend == "auto" and mask is None and not dropout and norm_by_torch(backend, x):
+        return None
+    return _mixed.norm_dtype(x, f)
+
+
+def _check(x, f, weight, bias, tail, emit, dropout, seed, mask, mixed=None) -> None:
     check_input("residual_norm", "x", x)
     if f is not None and fits(f, x.shape, x):
         pass
     elif f is not None:
-        check_like("residual_norm", "f", f, x.shape, f"{tuple(x.shape)} to match x", x)
+        dtype = None if mixed is None else f.dtype
+        check_like("residual_norm", "f", f, x.shape, f"{tuple(x.shape)} to match x", x, dtype=dtype)
     elif emit != "norm" or dropout or mask is not None:
         raise ValueError("residual_norm: f is None, expected a tensor, or emit='norm' without dropout and mask")
     for name, t in (("weight", weight), ("bias", bias)):
         if t is not None and not fits(t, x.shape[-1:], x):
-            check_like("residual_norm", name, t, (x.shape[-1],), f"(hidden={x.shape[-1]},) to match x", x)
+            why = f"(hidden={x.shape[-1]},) to match x"
+            check_like("residual_norm", name, t, (x.shape[-1],), why, x, dtype=mixed)
     if (weight is None) != (tail is None):
         got = "None" if weight is None else "a tensor"
         raise ValueError(
@@ -152,9 +171,15 @@ def _call(tensors, tail, emit, eps, dropout, backend, overwrite=False):
             *flat, weight, bias, mask, seed, tail, emit, eps, dropout, grad, name
         )
         return (s.view(x.shape) if emit & SUM else None), (n.view(x.shape) if emit & NORM else None)
-    if grad:
-        return _ResidualNorm.apply(*tensors, tail, emit, eps, dropout, name)
-    s, n, _ = run_forward(name, *tensors, tail, emit, eps, dropout, False)
+    return _eager(name, tensors, (tail, emit, eps, dropout), False)
+
+
+def _eager(name, tensors, config, mixed):
+    """(s, n) by a launcher."""
+    x, emit = tensors[0], config[1]
+    if needs_grad(*tensors[:4]):
+        return _ResidualNorm.apply(*tensors, *config, name, mixed)
+    s, n, _ = run_forward(name, *tensors, *config, False, mixed)
     return (s.view(x.shape) if emit & SUM else None), (n.view(x.shape) if emit & NORM else None)
 
 
@@ -166,10 +191,7 @@ def _choose(tensors, tail, emit, eps, grad) -> str:
     def one(name, tensors):
         if name == "torch":
             return _torch(*tensors, tail, emit, eps, 0.0)
-        if grad:
-            return _ResidualNorm.apply(*tensors, tail, emit, eps, 0.0, name)
-        s, n, _ = run_forward(name, *tensors, tail, emit, eps, 0.0, False)
-        return (s if emit & SUM else None), (n if emit & NORM else None)
+        return _eager(name, tensors, (tail, emit, eps, 0.0), False)
 
     names = backends.serving("residual_norm", "auto", x.device.type, x.dtype)
     wanted = tuple([t is not None and t.requires_grad for t in (x, f, weight, bias)]) if grad else f is None
@@ -181,9 +203,10 @@ class _ResidualNorm(torch.autograd.Function):
     """The eager door: straight to the launcher."""
 
     @staticmethod
-    def forward(ctx, x, f, weight, bias, mask, seed, tail, emit, eps, dropout, name):
-        s, n, stats = run_forward(name, x, f, weight, bias, mask, seed, tail, emit, eps, dropout, True)
+    def forward(ctx, x, f, weight, bias, mask, seed, tail, emit, eps, dropout, name, mixed):
+        s, n, stats = run_forward(name, x, f, weight, bias, mask, seed, tail, emit, eps, dropout, True, mixed)
         ctx.config = tail, dropout, name
+        ctx.dtypes = tuple([(x if t is None else t).dtype for t in (x, f, weight, bias)]) if mixed else ()
         ctx.set_materialize_grads(False)
         kept = rows(x) if f is None and tail else s
         out = unflatten(s, x.shape) if emit & SUM else None
@@ -201,11 +224,11 @@ class _ResidualNorm(torch.autograd.Function):
             tail, dropout, name = ctx.config
             s, stats, weight, mask, seed = ctx.saved_tensors
             s = stats.new_empty(0) if s is None else rows(s)
-            once = without_copy(needs, mask, dropout)
-            out = run_backward(name, g_s, g_n, s, stats, weight, mask, seed, tail, dropout, once)
+            once = needs if ctx.dtypes and ctx.dtypes[0] is not ctx.dtypes[1] else without_copy(needs, mask, dropout)
+            out = run_backward(name, g_s, g_n, s, stats, weight, mask, seed, tail, dropout, once, ctx.dtypes)
             grads = shared(out, needs, once)
             grads[:2] = [None if g is None else g.view(like.shape) for g in grads[:2]]
-        return (*grads, *(None,) * 7)
+        return (*grads, *(None,) * 8)
 
 
 def residual_norm_reference(

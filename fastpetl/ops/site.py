@@ -8,6 +8,7 @@ import torch
 
 from .. import backends
 from ..spec import AdapterSpec
+from . import _mixed
 from ._adapter import ACT
 from ._common import autocast_dtype, check_input, check_like
 from ._dropout import dropout_factor, dropped
@@ -67,6 +68,9 @@ def adapter_residual_norm(
         made = at_once(spec, x, f, mine, tail_weight, tail_bias, backend, keep)
         if made is not None:
             return made
+        made = _mixed.site(spec, x, f, None, mine, tail_weight, tail_bias, backend) if keep in KEEPS else None
+        if made is not None:
+            return _emit(spec, *made)
     if keep not in KEEPS:
         raise ValueError(f"adapter_residual_norm: keep is {keep!r}, expected one of {', '.join(KEEPS)}")
     mine = (w_down, b_down, w_up, b_up, norm_weight, norm_bias)
@@ -118,6 +122,9 @@ def _kept(spec, x, f, normed, mine, weight, bias, seed, backend, keep="sum"):
         return _composed(spec, x, f, normed, mine, weight, bias, None, backend)
 
     if not spec.dropout:
+        made = _mixed.site(spec, x, f, normed, mine, weight, bias, backend)
+        if made is not None:
+            return _emit(spec, *made)
         made = one_launch(spec, x, f, normed, mine, weight, bias, backend, composed, keep)
         if made is not None:
             return _emit(spec, *made)

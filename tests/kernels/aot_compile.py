@@ -151,7 +151,8 @@ def call_site(direction, dtype, d, r, rows, norm=True, activation=1, tail=1, emi
     autocast: as above."""
     stream = torch.float32 if autocast else dtype
     f, w_down, w_up = (meta(*shape, dtype=dtype) for shape in ((rows, d), (r, d), (d, r)))
-    b_down, b_up, vector, s = meta(r, dtype=dtype), meta(d, dtype=dtype), *(meta(*n, dtype=stream) for n in ((d,), f.shape))
+    b_down, b_up = meta(r, dtype=dtype), meta(d, dtype=dtype)
+    vector, s = meta(d, dtype=stream), meta(rows, d, dtype=stream)
     x, f = (f, s) if autocast == "sublayer" else (s, f)
     own = (vector, vector) if norm else (None, None)
     if direction == "site_forward":
