@@ -4,13 +4,15 @@ Models of the full number of layers and of next to no width, batch 1, on one thr
 it takes to call the kernels, which on a GPU decides as soon as they are fast. `patch(backend="torch")` makes linears,
 attention and norms torch's, as they are on a GPU; a site is one launch, here of the C++ kernel
 (FASTPETL_BACKEND=cpp, so that nothing is measured). With --launches all is served as on a GPU, in bf16, by Triton's
-launchers, whose kernels then do nothing (host_launches.py).
+launchers, whose kernels then do nothing (host_launches.py); with --autocast as well, the model is fp32 and its forward
+under torch.autocast in bf16.
 
 Prints the median milliseconds of a forward (inference) and of a training step, eager and patched taking turns, with
 adapters and without (bare: nothing but the first bias is trained), and patched over eager. Ratios are what to watch.
 """
 
 import argparse
+import contextlib
 import copy
 import os
 import statistics
@@ -69,7 +71,10 @@ def main() -> None:
     parser.add_argument("models", nargs="*", choices=[*MODELS, []], help="which (default: all)")
     parser.add_argument("--seconds", type=float, default=2.5, help="for each model, kind and mode")
     parser.add_argument("--launches", action="store_true", help="served as on a GPU")
+    parser.add_argument("--autocast", action="store_true", help="with --launches: fp32 models under autocast")
     args = parser.parse_args()
+    if args.autocast and not args.launches:
+        parser.error("--autocast is about what serves on a GPU: with --launches")
     torch.set_num_threads(1)
     if args.launches:
         import host_launches
@@ -78,12 +83,13 @@ def main() -> None:
     print(f"{'':22}{'forward, ms':>27}{'step, ms':>32}\n{'':22}" + f"{'eager':>9}{'patched':>9}{'ratio':>9}     " * 2)
     for name in args.models or MODELS:
         for kind in ("with adapters", "bare"):
-            pair = variants(name, kind == "bare", args.launches)
-            cells = [row(pair, run, args.seconds) for run in (infer, step)]
+            pair = variants(name, kind == "bare", args.launches, args.autocast)
+            around = torch.autocast("cpu", torch.bfloat16) if args.autocast else contextlib.nullcontext()
+            cells = [row(pair, run, args.seconds, around) for run in (infer, step)]
             print(f"{name + ', ' + kind:22}" + "     ".join(cells), flush=True)
 
 
-def variants(name: str, bare: bool, launches: bool = False) -> list:
+def variants(name: str, bare: bool, launches: bool = False, autocast: bool = False) -> list:
     """Semantics: [eager, patched], each (model, arguments of a training forward, optimizer)."""
     torch.manual_seed(0)
     build, config = MODELS[name]
@@ -93,7 +99,7 @@ def variants(name: str, bare: bool, launches: bool = False) -> list:
         next(p for n, p in model.named_parameters() if n.endswith("bias") or name == "vlt5").requires_grad_()
     else:
         fastpetl.attach(model, config(bottleneck=4), patch=False)
-    if launches:
+    if launches and not autocast:
         model = model.bfloat16()
         inputs = {k: t.bfloat16() if t.is_floating_point() else t for k, t in inputs.items()}
     pair = [model, fastpetl.patch(copy.deepcopy(model), backend="auto" if launches else "torch")]
@@ -110,26 +116,30 @@ def batch(name: str) -> dict:
     return {**text, "pixel_values": torch.randn(1, 3, side, side), "labels": torch.rand(1, 5)}
 
 
-def infer(model, inputs, optimizer) -> None:
-    with torch.no_grad():
+def infer(around, model, inputs, optimizer) -> None:
+    with torch.no_grad(), around:
         model(**inputs)
 
 
-def step(model, inputs, optimizer) -> None:
-    model(**inputs).loss.backward()
+def step(around, model, inputs, optimizer) -> None:
+    with around:
+        loss = model(**inputs).loss
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 
 
-def row(pair, run, seconds: float) -> str:
-    """Semantics: median milliseconds of eager and of patched, which take turns, and the second over the first."""
+def row(pair, run, seconds: float, around) -> str:
+    """Semantics: median milliseconds of eager and of patched, which take turns, and the second over the first. around:
+    the context of forwards.
+    """
     for model, *_ in pair:
         model.train(run is step)
     times, end = ([], []), time.perf_counter() + seconds
     while time.perf_counter() < end or len(times[1]) < 8:
         for variant, taken in zip(pair, times, strict=True):
             start = time.perf_counter()
-            run(*variant)
+            run(around, *variant)
             taken.append(time.perf_counter() - start)
     eager, patched = (1e3 * statistics.median(taken[3:]) for taken in times)
     return f"{eager:9.2f}{patched:9.2f}{patched / eager:9.2f}"

@@ -54,8 +54,8 @@ def adapter_forward(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, res1,
     x, res1, res2 [rows, d]; w_down [r, d]; w_up [d, r]; n is LayerNorm iff norm_weight is given. All contiguous and of
     one dtype. activation: 0 identity, 1 relu, 2 gelu (erf), 3 gelu_tanh, 4 silu. Statistics and sums in fp32; rounded
     to the dtype: z, act(z), y, and n(x), or with `config.fold` w_down*norm_weight in its place.
-    mixed, as under autocast: w_down, b_down, w_up and b_up are of one dtype, z too, and n(x) and act(z) are rounded to
-    it; every other tensor has a dtype of its own, y that of the sum that it is (without residuals that of the weights).
+    mixed, as under autocast: w_down and w_up are of one dtype, z too, and n(x) and act(z) are rounded to it; all others
+    have a dtype of their own, y that of the sum that it is (without residuals that of the weights).
     Returns (y, z, stats): with `save` z [rows, r] is the pre-activation and stats [rows, 2] fp32 are (mean, rstd).
     `config` overrides the table's choice (tuning and tests). `fits`: who calls has seen to all of this, and x, the
     residuals and y may have any number of dimensions in place of rows.
@@ -267,7 +267,7 @@ def _sizes(function: str, x, w_down, fits: bool = False):
     return *x.shape, w_down.shape[0]
 
 
-_PRODUCTS = ("w_down", "b_down", "w_up", "b_up", "z")
+_PRODUCTS = ("w_down", "w_up", "z")
 
 
 def _check(function: str, x, tensors, mixed=None):

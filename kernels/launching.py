@@ -104,10 +104,12 @@ def check_matrix(function: str, name: str, x) -> None:
 
 
 def widest(*tensors, dtype: torch.dtype | None = None) -> torch.dtype:
-    """Semantics: the dtype of a sum of these and one of `dtype`, as torch promotes; None adds nothing."""
+    """Semantics: the dtype of a sum of these and one of `dtype`, as torch promotes: two different ones of those that
+    the kernels take make float32. None adds nothing.
+    """
     for t in tensors:
         if t is not None and t.dtype is not dtype:
-            dtype = t.dtype if dtype is None else torch.promote_types(dtype, t.dtype)
+            dtype = t.dtype if dtype is None else torch.float32
     return dtype
 
 

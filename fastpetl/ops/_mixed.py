@@ -1,8 +1,9 @@
 """Adapters and sites under torch.autocast by the Triton kernels, which take every tensor in its own dtype.
 
-The residual stream, what is added to it and the norms' parameters stay as they are (float32, as a rule); the products'
-weights are cast, to what autocast casts to, and their gradients come back uncast. On the way in nothing else is
-launched; all that is rounded to autocast's dtype is rounded inside the kernel.
+The residual stream, what is added to it, the biases and the norms' parameters stay as they are (float32, as a rule);
+the two matrices are cast, to what autocast casts to, and their gradients come back uncast. Beside those casts nothing
+is launched: what else is rounded to autocast's dtype (a norm's rows, the pre-activation, the activation) is rounded
+inside the kernel, where eager autocast rounds it; the biases and the up projection's result are not.
 """
 
 from __future__ import annotations
@@ -117,13 +118,15 @@ def _fit(x, tensors, shapes) -> bool:
 
 
 def _weights(mine, dtype) -> list:
-    """w_down, b_down, w_up and b_up in autocast's dtype, dense, apart from autograd: who calls has their gradients."""
-    made = []
-    for t in mine[:4]:
-        if t is not None and t.dtype is not dtype:
-            t = t.detach().to(dtype) if t.requires_grad and torch.is_grad_enabled() else cast(t, dtype)
-        made.append(dense(t))
-    return made
+    """w_down, b_down, w_up and b_up, dense, the matrices in autocast's dtype: apart from autograd, for who calls has
+    their gradients.
+    """
+    made = list(mine[:4])
+    for i in (0, 2):
+        t = made[i]
+        if t.dtype is not dtype:
+            made[i] = t.detach().to(dtype) if t.requires_grad and torch.is_grad_enabled() else cast(t, dtype)
+    return all_dense(*made)
 
 
 def _of_residuals(ctx, wanted, g, low):

@@ -134,7 +134,7 @@ def call_adapter(direction, dtype, d, r, rows, norm=True, activation=1, autocast
     x, residual = meta(rows, d, dtype=stream if autocast == "residual" else dtype), x
     gamma, beta = (meta(d, dtype=stream), meta(d, dtype=stream)) if norm else (None, None)
     if direction == "forward":
-        b_down, b_up, options = meta(r, dtype=dtype), meta(d, dtype=dtype), dict(mixed=bool(autocast))
+        b_down, b_up, options = meta(r, dtype=stream), meta(d, dtype=stream), dict(mixed=bool(autocast))
         residual = meta(rows, d, dtype=stream) if autocast == "sublayer" else residual
         rest = residual, None, True, 1e-5, activation, 0.5, True
         adapter.adapter_forward(x, w_down, b_down, w_up, b_up, gamma, beta, *rest, **options)
@@ -151,13 +151,12 @@ def call_site(direction, dtype, d, r, rows, norm=True, activation=1, tail=1, emi
     autocast: as above."""
     stream = torch.float32 if autocast else dtype
     f, w_down, w_up = (meta(*shape, dtype=dtype) for shape in ((rows, d), (r, d), (d, r)))
-    b_down, b_up = meta(r, dtype=dtype), meta(d, dtype=dtype)
-    vector, s = meta(d, dtype=stream), meta(rows, d, dtype=stream)
+    b_down, vector, s = (meta(*shape, dtype=stream) for shape in ((r,), (d,), (rows, d)))
     x, f = (f, s) if autocast == "sublayer" else (s, f)
     own = (vector, vector) if norm else (None, None)
     if direction == "site_forward":
         behind, options = (vector, vector if tail == 1 else None), dict(mixed=bool(autocast))
-        site.site_forward(x, w_down, b_down, w_up, b_up, *own, f, s if save else None, *behind, True, 1e-5,
+        site.site_forward(x, w_down, b_down, w_up, vector, *own, f, s if save else None, *behind, True, 1e-5,
                           activation, 0.5, tail, 1e-6, emit_s, save, **options)  # fmt: skip
     else:
         z, stats = meta(rows, r, dtype=dtype), meta(rows, 2, dtype=torch.float32)
