@@ -49,6 +49,10 @@ class WeightCache:
             self._held[key] = held
         return held[2]
 
+    def held(self, key):
+        """Semantics: what is kept under `key`, or None: (the sources' state, their sample, what was made, ...)."""
+        return self._held.get(key)
+
     def clear(self) -> None:
         """Semantics: forget everything."""
         self._held.clear()
