@@ -16,9 +16,7 @@ from ._common import needs_grad
 from ._pack import made_by_cache, state
 
 _KEPT = WeakIdKeyDictionary()  # tensor -> the WeightCache of its copies
-_LAST: dict[
-    int, tuple
-] = {}  # id of a tensor -> (the tensor, the dtype last asked for, what is kept of it), to be quick
+_LAST: dict[int, tuple] = {}  # a tensor's id -> (the tensor, the dtype last asked for, what is kept of it): quicker
 
 
 def cast(t, dtype):
@@ -27,8 +25,8 @@ def cast(t, dtype):
     """
     if t is None:
         return None
-    last = _LAST.get(id(t))
-    if last is not None and last[1] is dtype and last[0]() is t and not torch.compiler.is_compiling():
+    last = None if torch.compiler.is_compiling() else _LAST.get(id(t))
+    if last is not None and last[1] is dtype and last[0]() is t:
         was, sample, made, _ = last[2]
         if not (t.requires_grad and torch.is_grad_enabled()) and was == state((t,)) and sample.same():
             return made

@@ -265,10 +265,13 @@ def adapter_jobs(archs):
         for dtype, r, rows in sizes.get(arch, [most]):
             for direction in ("forward", "backward"):
                 yield dict(arch=arch, dtype=dtype, direction=direction, d=768, r=r, rows=rows)
+    for direction in ("forward", "backward"):  # a split bottleneck's; the others are alike in a site
+        yield dict(arch=90, dtype="bf16", direction=direction, d=768, r=288, rows=10**6, autocast="residual")
 
 
 def all_adapter_jobs(archs):
-    """Every entry of the table (fp16, which compiles like bf16: DAS's bottlenecks); odd widths; activations."""
+    """Every entry of the table (fp16, which compiles like bf16: DAS's bottlenecks); odd widths; activations. Under
+    autocast every entry with the stream in front, and what reads a sublayer's output."""
     for arch in archs:
         for dtype in DTYPES:
             kind = "float" if dtype == "fp32" else "half"
@@ -279,6 +282,14 @@ def all_adapter_jobs(archs):
                 odd = dict(d=760, r=100), dict(d=40, r=8)
                 for extra in (dict(norm=False), *(dict(activation=a) for a in (2, 3, 4)), *odd):
                     yield dict(arch=arch, dtype=dtype, direction=direction, d=768, r=96, rows=10**6) | extra
+        for direction in ("forward", "backward"):
+            job = dict(arch=arch, dtype="bf16", direction=direction, d=768, autocast="residual")
+            for r in (12, 32, 48, 96, 192, 256, 288):
+                for rows in table_rows("half", direction, r):
+                    yield job | dict(r=r, rows=rows)
+            sublayer = dict(autocast="sublayer", activation=3)
+            for extra in (dict(norm=False), sublayer, sublayer | dict(norm=False), dict(d=760, r=100), dict(r=192)):
+                yield job | dict(r=96, rows=10**6) | extra
 
 
 LEAN = {"site_forward": dict(tail=2, emit_s=False, save=False), "site_backward": dict(tail=2, emit_s=False, needs=127)}
@@ -294,6 +305,8 @@ def site_jobs(archs):
             yield many | dict(arch=arch) | (dict(r=192) if arch == 80 else {})
         yield many | dict(arch=90, dtype="fp16", rows=1000) | lean
         yield many | dict(arch=90, dtype="fp32") | lean
+        yield many | dict(arch=90, autocast="residual")
+        yield many | dict(arch=80, r=192, autocast="sublayer", activation=3, norm=False)
 
 
 def all_site_jobs(archs):
@@ -337,6 +350,7 @@ def residual_norm_jobs(archs):
             odd = dict(dtype="fp16", d=1130, tail=2) if arch == 80 else {}
             yield dict(arch=arch, dtype="bf16", direction=direction, d=768) | odd
         yield dict(arch=90, dtype="fp32", direction=direction, d=4096)
+        yield dict(arch=80, dtype="bf16", direction=direction, d=1024, autocast=True)
 
 
 def all_residual_norm_jobs(archs):
@@ -347,7 +361,7 @@ def all_residual_norm_jobs(archs):
                 for d in (64, 200, 256, 760, 768, 1024, 1128, 1130, 2048, 4096, 8192):
                     yield dict(arch=arch, dtype=dtype, direction=direction, d=d)
                 plain = dict(dropout=0.0, mask=False)
-                for extra in (dict(tail=2), dict(tail=0), plain, plain | dict(sublayer=False)):
+                for extra in (dict(tail=2), dict(tail=0), plain, plain | dict(sublayer=False), dict(autocast=True)):
                     yield dict(arch=arch, dtype=dtype, direction=direction, d=768) | extra
 
 
