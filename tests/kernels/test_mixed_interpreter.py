@@ -8,6 +8,8 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="the Triton kernels need the triton package")
 
+from fastpetl.kernels.adapter_config import Config  # noqa: E402
+
 from fastpetl.kernels import adapter, launching, residual_norm, site  # noqa: E402
 from ops.op_cases import assert_two_times  # noqa: E402
 
@@ -95,6 +97,23 @@ def test_the_products_read_what_autocast_rounds():
         torch.testing.assert_close(mine.double(), want, rtol=0.01, atol=0.01 * float(want.abs().max()))
     low = adapter.adapter_backward(grad, *args, 0, mixed=FP32, low=True)[7]
     assert torch.equal(low, grad.to(BF16))
+
+
+def test_a_norm_is_folded_only_where_x_is_multiplied_as_it_is():
+    config = Config(False, 64, 32, 32, 16, 0, 4, 2, True)
+    t = make()
+    t = (t[0] * 0.5 + 60, *t[1:9])  # rounded to bf16, it would have two bits left
+    folded, plain = (
+        adapter.adapter_forward(*t, *CONFIG, True, mixed=True, config=config._replace(fold=fold))
+        for fold in (True, False)
+    )
+    assert all(map(torch.equal, folded, plain))
+    t = make(x=BF16, res=FP32)[:9]
+    wide = [None if v is None else v.double() for v in t]
+    exact = F.linear(F.layer_norm(wide[0], (D,), *wide[5:7]), *wide[1:3])
+    theirs = F.linear(F.layer_norm(t[0].float(), (D,), *t[5:7]).to(BF16), t[1], t[2].to(BF16))
+    z = adapter.adapter_forward(*t, *CONFIG, True, mixed=True, config=config)[1]
+    assert_two_times(z, theirs, exact, "z")
 
 
 def test_nothing_outside_the_rows_is_touched(monkeypatch):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="the Triton kernels need the triton package")
 
@@ -232,6 +233,29 @@ def test_as_many_launches_as_without_autocast(launches, monkeypatch, name, low):
     with torch.no_grad(), torch.autocast(DEVICE, low):
         fused_site(t, spec)
     assert len(launches) == (3 if name == "wide" else 1)
+
+
+class Casts(TorchDispatchMode):
+    """Counts what changes a dtype."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._to_copy.default
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", ["vilt", "vlbart"])
+def test_only_the_trained_matrices_are_cast(name):
+    """No row is, there and back."""
+    t, spec = tensors(SITES[name], BF16), SITES[name]
+    with Casts() as casts, torch.autocast(DEVICE, BF16):
+        out = fused_site(t, spec)
+    assert casts.count == 2
+    with Casts() as casts:
+        torch.autograd.grad(out, list(t.values()), [torch.ones_like(o) for o in out])
+    # CPU: `products` casts what it multiplies
+    assert casts.count <= (4 if DEVICE == "cpu" else 0)
 
 
 def eager_norm(t, spec, dropout=0.0, seed=None, mask=None):
