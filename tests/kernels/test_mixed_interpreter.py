@@ -103,10 +103,8 @@ def test_a_norm_is_folded_only_where_x_is_multiplied_as_it_is():
     config = Config(False, 64, 32, 32, 16, 0, 4, 2, True)
     t = make()
     t = (t[0] * 0.5 + 60, *t[1:9])  # rounded to bf16, it would have two bits left
-    folded, plain = (
-        adapter.adapter_forward(*t, *CONFIG, True, mixed=True, config=config._replace(fold=fold))
-        for fold in (True, False)
-    )
+    folds = [config._replace(fold=fold) for fold in (True, False)]
+    folded, plain = (adapter.adapter_forward(*t, *CONFIG, True, mixed=True, config=one) for one in folds)
     assert all(map(torch.equal, folded, plain))
     t = make(x=BF16, res=FP32)[:9]
     wide = [None if v is None else v.double() for v in t]
