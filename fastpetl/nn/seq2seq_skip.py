@@ -50,16 +50,16 @@ class Skipping:
             raise ValueError("skip: nn.DataParallel while samples skip blocks of their own, expected DDP")
         if self.training and getattr(self, "layerdrop", 0) > 0:
             raise ValueError(f"skip: layerdrop is {self.layerdrop}, expected 0 in training while blocks are skipped")
-        before = self.__dict__.get("_fastpetl_turns")
-        turns = _Turns(self, setting)
-        self.__dict__["_fastpetl_turns"] = turns.turns
+        running, turns = self.__dict__["_fastpetl_turns"], _Turns(self, setting)
+        before = running.get()
+        running.set(turns.turns)
         copies, source = getattr(setting.values, "copies", 1), kwargs.get("encoder_hidden_states")
         if turns.decoder and copies > 1 and source is not None:  # the library makes masks for one copy
             turns.source, kwargs["encoder_hidden_states"] = source, source[: source.shape[0] // copies]
         try:
             out = super().forward(*args, **kwargs)
         finally:
-            self.__dict__["_fastpetl_turns"] = before
+            running.drop() if before is None else running.set(before)
         if setting.per_sample and not turns.decoder:
             setting.came_out(out[0])
         return out
@@ -70,7 +70,7 @@ def skipping(original: type, layers: str) -> type:
     """Semantics: `original`, a stack whose child `layers` are its blocks, with `Skipping` before it."""
 
     def turns(self):
-        turns = self.__dict__.get("_fastpetl_turns")
+        turns = self.__dict__["_fastpetl_turns"].get()
         return self._modules[layers] if turns is None else turns
 
     return joined(Skipping, original, (skipping, layers), **{layers: property(turns)})

@@ -12,6 +12,7 @@ import torch
 
 from fastpetl.nn.joined import joined
 from fastpetl.skip import columns, compaction
+from fastpetl.skip.per_thread import PerThread
 
 
 class Calls:
@@ -93,10 +94,7 @@ class Setting:
     def __init__(self, values, shortcut: str, order: tuple[int, ...]):
         self.values, self.shortcut, self.order = values, shortcut, order
         self.groups: dict[int, set] = {}  # the streams of each
-        self.under_way: dict[int, Forward] = {}
-
-    def __getstate__(self):  # of a forward's graph, which can neither be copied nor pickled
-        return {**self.__dict__, "under_way": {}}
+        self.under_way = PerThread()  # the Forward of each group
 
     @property
     def per_sample(self) -> bool:
@@ -108,7 +106,8 @@ class Setting:
         if found is None or stream.number in found.begun:
             if self.values.copies > 1 and stream.calls.one_copy:
                 raise ValueError(f"skip: Candidates on {stream.calls.one_copy}, expected one set after the other")
-            found = self.under_way[stream.group] = Forward(self.columns(stream, x, padding, training))
+            found = Forward(self.columns(stream, x, padding, training))
+            self.under_way.set(found, stream.group)
         found.begun.add(stream.number)
         return found
 
@@ -121,7 +120,7 @@ class Setting:
         """Semantics: the last block of a stream has run; the last of its group lets go of the forward."""
         forward.ended.add(stream.number)
         if forward.ended == self.groups[stream.group]:
-            self.under_way.pop(stream.group, None)
+            self.under_way.drop(stream.group)
             forward.columns.forget()
 
 
@@ -214,7 +213,9 @@ class Turn:
         if self.place == 0:
             found = setting.begin(stream, x, padding, self.container.training)
         else:
-            found = setting.under_way[stream.group]
+            found = setting.under_way.get(stream.group)
+            if found is None:
+                raise RuntimeError(f"skip: block {self.place} is called, expected block 0 of its list to be before it")
         if not compiling:
             self.forwards[stream.number] = found
         return found, False

@@ -63,6 +63,7 @@ class SkipsSeq2Seq:
         set the stacks' classes are the originals again.
         """
         from fastpetl.nn.seq2seq_skip import Setting, original_of, skipping
+        from fastpetl.skip.per_thread import PerThread
 
         setting = None
         if values is not None:
@@ -74,6 +75,8 @@ class SkipsSeq2Seq:
                 module.__dict__["_fastpetl_setting"] = setting
         for stack in self._stacks(host):
             original = original_of(type(stack))
+            if setting is not None:
+                stack.__dict__["_fastpetl_turns"] = PerThread()
             stack.__class__ = original if setting is None else skipping(original, self.layers)
 
     def is_pruned(self, host) -> bool:
