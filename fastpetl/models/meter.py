@@ -212,8 +212,10 @@ class MeterModel(MeterPreTrainedModel):
 
 
 def _additive(mask, dtype):
-    """[B, T] of ones and zeros as [B, 1, 1, T] of zeros and the dtype's lowest."""
-    return None if mask is None else (1.0 - mask[:, None, None].to(dtype)) * torch.finfo(dtype).min
+    """[B, T] of ones and zeros as [B, 1, 1, T] of zeros and -10000, as the original's transformers made it: SDPA's
+    gradient is wrong where every token of a text is hidden by much more.
+    """
+    return None if mask is None else (1.0 - mask[:, None, None].to(dtype)) * -10000.0
 
 
 def _head(inputs: int, hidden: int, labels: int) -> nn.Sequential:

@@ -115,7 +115,11 @@ class Fused:
             return None
         from fastpetl import ops
 
-        return ops.attention(qkv, heads, key_mask=additive, scale=float(scaling), backend=self._op("attention"))
+        out = ops.attention(qkv, heads, key_mask=additive, scale=float(scaling), backend=self._op("attention"))
+        if mask is not None and mask.dtype == torch.bool:
+            lost = additive.amax(-1) < 0  # a sample of padding alone: SDPA gives zeros where a bool mask leaves no key
+            out = out.masked_fill(lost[:, None, None], 0) if bool(lost.any()) else out
+        return out
 
     def _few_queries(self, q, source, key: nn.Linear, value: nn.Linear, mask, *, heads, scaling, dropout, **kwargs):
         """Semantics: cross-attention of a few queries, with keys and values never made; None where that would not save
@@ -281,13 +285,22 @@ def heads(t: torch.Tensor, size: int) -> torch.Tensor:
 
 def attend(q, k, v, mask, dropout: float, scale: float | None = None) -> torch.Tensor:
     """Semantics: softmax(scale * q k^T + mask) v, [B, T, H * d]; q, k, v [B, H, T or S, d]; scale: None for
-    1 / sqrt(d). Dropout draws as the probabilities' own would, which SDPA does not promise.
+    1 / sqrt(d). Dropout draws as the probabilities' own would, which SDPA does not promise. Nor is its gradient right
+    where an additive mask hides all keys.
     """
-    if dropout == 0:
+    if dropout == 0 and not (torch.is_grad_enabled() and _hides_all(mask)):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2).flatten(2)
     scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
     scores = scores if mask is None else scores + mask
     return (drop(scores.softmax(-1), dropout, True) @ v).transpose(1, 2).flatten(2)
+
+
+def _hides_all(mask) -> bool:
+    if mask is None or torch.compiler.is_compiling():
+        return False
+    from fastpetl.ops._attention import unreachable
+
+    return unreachable(mask)
 
 
 def interface(module, default):

@@ -60,6 +60,18 @@ def choose(backend, qkv, key_mask, heads, head_dim, grad, one) -> str:
     return measured("attention", name, names, key, lambda n, t: one(n, t[0]), (qkv,), grad, "reference", tolerance)
 
 
+_REACH = -1e5  # where a log-sum-exp in fp32 begins to lose more than the scores themselves lose
+
+
+def unreachable(mask) -> bool:
+    """Semantics: has an additive mask [..., keys] on the CPU a row whose keys are all so far down that a backward from
+    log-sum-exps, ours or that of torch's kernel, is wrong? Not asked elsewhere, where it would wait for the device.
+    """
+    if mask is None or mask.device.type != "cpu" or not mask.is_floating_point() or mask.numel() == 0:
+        return False
+    return bool(mask.amax(-1).amin() < _REACH)
+
+
 def heads_of(qkv, heads, parts=3):
     """q, k, v, each [B, H, T, D]."""
     b, t, c = qkv.shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import backends
-from ._attention import choose, heads_of, keeps_out, merge, run_backward, run_forward, scores, sdpa
+from ._attention import choose, heads_of, keeps_out, merge, run_backward, run_forward, scores, sdpa, unreachable
 from ._casts import cast
 from ._common import autocast_dtype, check_input, first_order, needs_grad, number, through_dispatcher
 
@@ -21,7 +21,9 @@ def attention(qkv, heads, *, key_mask=None, scale=None, backend="auto"):
     (`fastpetl.backends.tuned()`; FASTPETL_TUNE=0 turns it off). "torch" is torch's scaled_dot_product_attention.
     Dtypes: out has qkv's; key_mask is read as fp32. Under torch.autocast qkv is cast to its dtype. The fused backend
     keeps scores, softmax and sums in fp32; see `attention_reference` for where plain torch rounds. Gradients: dqkv,
-    deterministic; not differentiable twice except with backend="reference".
+    deterministic; not differentiable twice except with backend="reference". In eager code on the CPU a batch with a
+    sample all of whose keys are below -1e5 is the reference's where a gradient is wanted, whatever the backend: the
+    others take the probabilities from a log-sum-exp, in which the number of keys is then lost, as torch's own does.
     """
     dtype = autocast_dtype(qkv) if isinstance(qkv, torch.Tensor) else None
     qkv = qkv if dtype is None else cast(qkv, dtype)
@@ -39,6 +41,9 @@ def attention(qkv, heads, *, key_mask=None, scale=None, backend="auto"):
         name = backends.resolve_constant("attention", backend, qkv.device.type, qkv.dtype, head_dim).name
         if name not in ("reference", "torch"):
             return torch.ops.fastpetl.attention(qkv, _mask(key_mask), heads, scale, grad, name)[0]
+    elif grad and unreachable(key_mask):
+        backends.resolve("attention", backend, qkv, head_dim)  # raises where an explicit one cannot serve
+        name = "reference"
     else:
 
         def one(name, qkv):

@@ -1,5 +1,7 @@
 """METER and DAS-METER compute what the original code did, load its checkpoints, and answer what a family is asked."""
 
+import copy
+
 import pytest
 import torch
 
@@ -34,6 +36,22 @@ def test_logits_and_gradients_are_the_originals(kind, case, patch):
     scale = max(g.norm().item() for g in want.values())
     for name, grad in want.items():
         assert (got[name] - grad).norm() <= 1e-4 * grad.norm() + 1e-7 * scale, name
+
+
+def test_gradients_of_a_text_that_is_padding_alone():
+    """As by softmax, of which SDPA's backward loses how many keys there are where all are at the lowest number."""
+    found = []
+    for how in ("sdpa", "eager"):
+        model = tiny(False)
+        for module in model.meter.cross_modal_text_layers.modules():
+            if hasattr(module, "config"):
+                module.config = copy.deepcopy(module.config)
+                module.config._attn_implementation = how
+        given = inputs()
+        given["attention_mask"][0] = 0
+        model(**given).logits.square().sum().backward()
+        found.append(model.meter.cross_modal_text_layers[0].attention.self.query.weight.grad)
+    assert (found[0] - found[1]).norm() <= 1e-3 * found[1].norm()
 
 
 def test_names_and_trainable_sets_are_the_originals():

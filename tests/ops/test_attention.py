@@ -103,8 +103,10 @@ def test_deterministic(label):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("label", ATTENTION_BACKENDS)
-def test_all_keys_masked_is_finite(label, dtype):
-    """A sample whose keys are all at the lowest fp32 number (Hugging Face's mask) averages its values, in bf16 too."""
+def test_all_keys_masked_is_the_mean(label, dtype):
+    """A sample whose keys are all at the lowest fp32 number (Hugging Face's mask) averages its values, in bf16 too; its
+    gradient is that of the mean, not, as from a log-sum-exp, that of the sum.
+    """
     if label == "torch" and dtype is torch.float16:
         pytest.skip("torch casts the mask to float16, where that number is minus infinity")
     qkv, _ = arguments(2, 9, 2, 8, False, dtype)
@@ -115,6 +117,10 @@ def test_all_keys_masked_is_finite(label, dtype):
         (g,) = torch.autograd.grad(y.float().square().sum(), qkv)
     assert torch.isfinite(y).all() and torch.isfinite(g).all()
     torch.testing.assert_close(y[1], qkv[1, :, 32:].mean(0).expand(9, 16), rtol=2e-2, atol=2e-2)
+    exact = qkv.detach().double().requires_grad_()
+    z = ops.attention_reference(exact, 2, key_mask=mask.double())
+    (want,) = torch.autograd.grad(z.square().sum(), exact)
+    torch.testing.assert_close(g.double(), want, rtol=5e-2, atol=5e-2 if dtype is not torch.float32 else 1e-5)
 
 
 def test_autocast():

@@ -10,7 +10,18 @@ from torch.utils.checkpoint import checkpoint
 import copied_bert
 import fastpetl
 from copied_vilt import Adapter_Layer, Stack
-from patching.contract_cases import CASES, KEEP, NAMES, assert_close, both, fell_back, forget_fallbacks, plain, run
+from patching.contract_cases import (
+    CASES,
+    KEEP,
+    NAMES,
+    assert_close,
+    both,
+    fell_back,
+    forget_fallbacks,
+    numbers,
+    plain,
+    run,
+)
 from vilt_tiny import inputs, randomize, relative, tiny_das, tiny_vilt
 
 LOW = torch.finfo(torch.float32).min
@@ -81,6 +92,23 @@ def test_meters_masks_are_added(low):
     assert relative(patched(x, y, mask), model(x, y, mask)) <= 1e-5
     assert relative(patched(x, y, mask), patched(x, y)) > 1e-4
     assert not fell_back(patched)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "attention_mask" in CASES[name].inputs(True)])
+def test_a_sample_of_padding_alone(name):
+    """It gives what it gave, gradients too: zeros where SDPA is told by a bool mask, the mean of all where numbers are
+    added, of which a log-sum-exp loses how many there were.
+    """
+    found = []
+    for model in both(name):
+
+        def padding_first(attention_mask, model=model, **given):
+            attention_mask[0] = 0
+            return model(attention_mask=attention_mask, **given)
+
+        outputs, grads = numbers(name, model, True, padding_first)
+        found.append((outputs, {k: g for k, g in grads.items() if not k.endswith(("key.bias", "k_proj.bias"))}))
+    assert_close(*found, 1e-3)  # METER's mask is 10,000: scores beside it keep three digits
 
 
 @pytest.mark.parametrize(
