@@ -365,6 +365,11 @@ def _under_functorch(op: str, backend: str) -> Choice:
     return Choice("reference", reason)
 
 
+def names() -> tuple[str, ...]:
+    """Semantics: what `backend=` may be, for one op or another."""
+    return ("auto", *_NAMES)
+
+
 def _check_name(op: str, backend: str) -> None:
     if backend != "auto" and backend not in _NAMES:
         raise ValueError(f"{op}: backend is {backend!r}, expected auto, {', '.join(BACKENDS[op])}")

@@ -108,10 +108,7 @@ def load(model: nn.Module, directory, *, patch: bool = True, common: str = "chec
             raise FileNotFoundError(f"load: {directory} has no {file}, expected a directory written by fastpetl.save")
     if common not in _COMMON:
         raise ValueError(f"load: common is {common!r}, expected one of {', '.join(_COMMON)}")
-    content = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-    if content.get("method") not in _METHODS:
-        raise ValueError(f"load: method is {content.get('method')!r}, expected one of {', '.join(_METHODS)}")
-    config = _METHODS[content["method"]](**content["config"])
+    content, config = _read(directory / CONFIG)
     weights = load_file(directory / WEIGHTS)
     plan = content["skip"] and SkipPlan(tuple(content["skip"]["blocks"]), content["skip"]["shortcut"])
     state = attached(model) if isinstance(model, nn.Module) else None
@@ -123,15 +120,33 @@ def load(model: nn.Module, directory, *, patch: bool = True, common: str = "chec
         attach(model, config, patch=patch)
     try:
         _check(model, config, weights, pruned=content.get("pruned", False))
+        _skip(model, plan or None)
     except BaseException:
         if state is None:
             detach(model)
         raise
-    _skip(model, plan or None)
     if content.get("pruned") and not _skip.pruned(model):
         _skip.prune(model)
     _fill(dict(model.named_parameters()), weights)
     return model
+
+
+def _read(path: Path) -> tuple:
+    """(what the JSON file holds, its configuration)."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"load: {path} is not JSON ({error}), expected what fastpetl.save wrote") from None
+    if content.get("method") not in _METHODS:
+        raise ValueError(f"load: method is {content.get('method')!r}, expected one of {', '.join(_METHODS)}")
+    config = _METHODS[content["method"]]
+    unknown = sorted(content["config"].keys() - config.__dataclass_fields__.keys())
+    if unknown:
+        raise ValueError(
+            f"load: config has {unknown[0]!r}, which {config.__name__} of fastpetl {__version__} does not have, expected "
+            f"files of this version or an older one: these were written by {content.get('fastpetl')}"
+        )
+    return content, config(**content["config"])
 
 
 def _load_task(model, weights: dict, task: str, common: str):

@@ -81,6 +81,18 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="load: model has DASConfig.bottleneck=3, .* attached, expected DASConfig"):
         fastpetl.load(other, tmp_path)
     content = json.loads((tmp_path / "fastpetl.json").read_text())
+    fastpetl.save(trained(), tmp_path)
+    for changed, message in (
+        ({"skip": {"blocks": [77], "shortcut": "adapter"}}, "skip: plan skips block 77, expected indices below"),
+        ({"config": {**content["config"], "later": 1}, "fastpetl": "9.9"}, "config has 'later', .* written by 9.9"),
+    ):
+        (tmp_path / "fastpetl.json").write_text(json.dumps({**content, **changed}))
+        with pytest.raises(ValueError, match=message):
+            fastpetl.load(bare, tmp_path)
+        assert everything(bare) == before and bare.classifier[0].weight.requires_grad
+    (tmp_path / "fastpetl.json").write_text("{")
+    with pytest.raises(ValueError, match="load: .*fastpetl.json is not JSON"):
+        fastpetl.load(bare, tmp_path)
     (tmp_path / "fastpetl.json").write_text(json.dumps({**content, "method": "magic"}))
     with pytest.raises(ValueError, match="load: method is 'magic', expected one of das"):
         fastpetl.load(bare, tmp_path)

@@ -140,5 +140,5 @@ def _patched(model) -> tuple[set[str], str]:
 
 
 def _patch_again(model, names: set[str], backend: str) -> None:
-    if names:
+    if names & {name for name, _ in model.named_modules()}:
         _patch(model, backend=backend, filter_fn=lambda module, name: name in names)

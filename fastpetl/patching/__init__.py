@@ -33,16 +33,17 @@ def patch(
 
     backend: "auto", or a backend of `fastpetl.ops` which then must serve (RuntimeError saying why it cannot).
     filter_fn(module, name): leave out the modules for which it is false. strict: ValueError if anything that looks
-    like a match is declined, or nothing matches; otherwise `fastpetl.report(model)` says what was declined and why,
-    and a model without a match gets a warning. A patch that raises has changed nothing. Patching twice is patching
-    once.
+    like a match is declined, or nothing matches, or filter_fn leaves out whatever does; otherwise
+    `fastpetl.report(model)` says what was declined and why, and where nothing is left there is a warning. A patch that
+    raises has changed nothing. Patching twice is patching once.
     """
     _check_model(model, "patch")
     if filter_fn is not None and not callable(filter_fn):
         raise TypeError(f"patch: filter_fn is {type(filter_fn).__name__}, expected a function (module, name) -> bool")
-    plan, declined, found = [], [], False
+    _check_backend(backend)
+    plan, declined, found = [], [], 0
     for name, module, rule, reason in _matches(model):
-        found = True
+        found += 1
         if filter_fn is not None and not filter_fn(module, name):
             continue
         if reason is None:
@@ -52,8 +53,10 @@ def patch(
             plan.append((module, rule.replacement_class(module)))
         else:
             declined.append(f"{name}: {reason}")
-    if not found:
+    if not plan and not declined:
         message = f"patch: model is {type(model).__name__}, in which nothing matches a patch rule"
+        if found:
+            message = f"patch: filter_fn leaves out all {found} modules that match a patch rule, expected to keep some"
         if strict:
             raise ValueError(f"{message} (strict=True)")
         warnings.warn(message, stacklevel=2)
@@ -168,6 +171,13 @@ def _backends(rule: Rule | CopiedRule, module: nn.Module, backend: str) -> tuple
         if "fell back" in choice.reason:
             why.setdefault(choice.reason, []).append(op)
     return ", ".join(names), "; ".join(f"{', '.join(ops)}: {reason}" for reason, ops in why.items())
+
+
+def _check_backend(backend) -> None:
+    from fastpetl.backends import names
+
+    if backend not in names():
+        raise ValueError(f"patch: backend is {backend!r}, expected one of {', '.join(names())}")
 
 
 def _check_model(model, function: str) -> None:

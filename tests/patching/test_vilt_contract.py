@@ -153,8 +153,13 @@ def test_a_patch_that_raises_changes_nothing():
 
     with pytest.raises(RuntimeError, match="no"):
         fastpetl.patch(model, filter_fn=broken)
-    with pytest.raises(ValueError, match="backend is 'magic', expected auto"):
-        fastpetl.patch(model, backend="magic")
+    for unknown in (model, torch.nn.Linear(2, 2)):
+        with pytest.raises(ValueError, match="patch: backend is 'magic', expected one of auto, cpp, .*onednn"):
+            fastpetl.patch(unknown, backend="magic")
+    with pytest.raises(ValueError, match="patch: filter_fn leaves out all 18 modules that match a patch rule"):
+        fastpetl.patch(model, filter_fn=lambda module, name: name == "encoder.layer.3", strict=True)
+    with pytest.warns(UserWarning, match="patch: filter_fn leaves out all 18 modules"):
+        fastpetl.patch(model, filter_fn=lambda module, name: False)
     with pytest.raises(TypeError, match="unexpected keyword"):
         fastpetl.patch(model, fast=True)
     with pytest.raises(TypeError, match="patch: filter_fn is int"):
