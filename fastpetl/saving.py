@@ -143,8 +143,8 @@ def _read(path: Path) -> tuple:
     unknown = sorted(content["config"].keys() - config.__dataclass_fields__.keys())
     if unknown:
         raise ValueError(
-            f"load: config has {unknown[0]!r}, which {config.__name__} of fastpetl {__version__} does not have, expected "
-            f"files of this version or an older one: these were written by {content.get('fastpetl')}"
+            f"load: config has {unknown[0]!r}, which {config.__name__} of fastpetl {__version__} does not have, "
+            f"expected files of this version or an older one: these were written by {content.get('fastpetl')}"
         )
     return content, config(**content["config"])
 

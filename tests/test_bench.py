@@ -89,8 +89,9 @@ def test_models_at_another_batch_has_no_bars(tmp_path, in_this_process):
 def test_batch_is_for_models(capsys):
     assert fastpetl.bench.main(["ops", "--batch", "2"]) == 2
     assert "--batch is for vilt and models and methods and adapterhub, not for ops" in capsys.readouterr().err
-    assert fastpetl.bench.main(["vilt", "--batch", "-1"]) == 2
-    assert "--batch is -1, expected a positive number" in capsys.readouterr().err
+    for batch in ("-1", "0"):
+        assert fastpetl.bench.main(["vilt", "--batch", batch]) == 2
+        assert f"--batch is {batch}, expected a positive number" in capsys.readouterr().err
 
 
 def test_a_wrong_baseline_is_a_row_that_says_so(monkeypatch):

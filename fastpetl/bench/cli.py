@@ -31,10 +31,10 @@ ROUNDS = {
 def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     batched = (*plan.MODELS, "adapterhub")
-    if args.batch and args.what not in batched:
+    if args.batch is not None and args.what not in batched:
         print(f"bench: --batch is for {' and '.join(batched)}, not for {args.what}", file=sys.stderr)
         return 2
-    if args.batch < 0:
+    if args.batch is not None and args.batch < 1:
         print(f"bench: --batch is {args.batch}, expected a positive number", file=sys.stderr)
         return 2
     only = tuple(part for part in args.only.split(",") if part)
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     common = {
         "what": args.what,
-        "batch": args.batch,
+        "batch": args.batch or 0,
         "tiny": args.tiny,
         "only": only,
         "rounds": ROUNDS[args.what][args.quick],
@@ -103,7 +103,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch",
         type=int,
-        default=0,
         metavar="N",
         help="vilt, models, methods, adapterhub: samples a batch, default: ViLT 8, METER 2, others 16; goals, "
         "which are for these, are then left out",

@@ -24,9 +24,10 @@ class Scorer:
     """
 
     def __init__(self, batches: Callable[[int], tuple[Mapping, object]], loss: Callable):
-        for name, value in (("batches", batches), ("loss", loss)):
+        kinds = "(round) -> (inputs, targets)", "(outputs, targets) -> scalar"
+        for name, value, kind in zip(("batches", "loss"), (batches, loss), kinds, strict=True):
             if not callable(value):
-                raise TypeError(f"Scorer: {name} is {type(value).__name__}, expected a function")
+                raise TypeError(f"Scorer: {name} is {type(value).__name__}, expected a function {kind}")
         self.batches, self.loss = batches, loss
 
     def losses(self, model, sets: torch.Tensor, shortcut, round: int) -> torch.Tensor:
@@ -60,7 +61,10 @@ def scoring(model: nn.Module, train_mode: bool):
 
 
 def _number(loss) -> torch.Tensor:
-    loss = torch.as_tensor(loss).detach().double().cpu()
+    try:
+        loss = torch.as_tensor(loss).detach().double().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"search: evaluate gave a {type(loss).__name__}, expected a loss, one number") from None
     if loss.numel() != 1:
         raise ValueError(f"search: evaluate gave a loss of shape {tuple(loss.shape)}, expected one number")
     return loss.reshape(())

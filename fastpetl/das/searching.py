@@ -246,6 +246,11 @@ def search(
         raise ValueError(f"search: steps is {steps!r}, expected an integer >= 1")
     if not isinstance(checkpoint_every, int) or isinstance(checkpoint_every, bool) or checkpoint_every < 1:
         raise ValueError(f"search: checkpoint_every is {checkpoint_every!r}, expected an integer >= 1")
+    if not callable(step):
+        raise TypeError(f"search: step is {type(step).__name__}, expected a function (i), one training step")
+    for name, thing in (state or {}).items():
+        if not all(hasattr(thing, method) for method in ("state_dict", "load_state_dict")):
+            raise TypeError(f"search: state[{name!r}] is {type(thing).__name__}, expected one with a state_dict")
     warmup_steps = steps // 3 if warmup_steps is None else warmup_steps
     made = Search(model, evaluate, n_skip=n_skip, budget_macs=budget_macs, warmup_steps=warmup_steps, **options)
     keep = {"model": _Trained(model), "rng": _Generators(model), "search": made, **(state or {})}

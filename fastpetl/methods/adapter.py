@@ -58,7 +58,7 @@ class AdapterConfig:
 
     def __post_init__(self):
         if isinstance(self.tasks, str) or not all(isinstance(task, str) for task in self.tasks) or not self.tasks:
-            raise ValueError(f"AdapterConfig: tasks is {self.tasks!r}, expected at least one task name")
+            raise ValueError(f"AdapterConfig: tasks is {self.tasks!r}, expected a tuple of task names, as ('vqa',)")
         object.__setattr__(self, "tasks", tuple(self.tasks))
         wrong = [task for task in self.tasks if not task or "." in task]
         if wrong or len(set(self.tasks)) != len(self.tasks):

@@ -59,8 +59,9 @@ class RandomSkip(Policy):
     """
 
     def __init__(self, rate, *, scaled: bool = True, capacity: int | None = None):
-        rates = [rate] if isinstance(rate, (int, float)) else list(rate)
-        if any(isinstance(r, bool) or not 0 <= r < 1 for r in rates):
+        rates = rate.tolist() if hasattr(rate, "tolist") else rate  # of a tensor or an array
+        rates = list(rates) if isinstance(rates, (list, tuple)) else [rates]
+        if any(isinstance(r, bool) or not isinstance(r, (int, float)) or not 0 <= r < 1 for r in rates):
             raise ValueError(f"RandomSkip: rate is {rate!r}, expected numbers in [0, 1)")
         self.rate, self.scaled, self.capacity = rate, scaled, _capacity(capacity, "RandomSkip")
 
@@ -82,7 +83,10 @@ class Bandit(Policy):
     """
 
     def __init__(self, gates: torch.Tensor, n_skip: int, *, capacity: int | None = None):
-        if not 0 <= n_skip <= gates.numel():
+        if not isinstance(gates, torch.Tensor) or gates.dim() != 1 or not gates.is_floating_point():
+            got = f"{gates.dtype} {tuple(gates.shape)}" if isinstance(gates, torch.Tensor) else type(gates).__name__
+            raise ValueError(f"Bandit: gates is {got}, expected floats of shape (n_blocks,)")
+        if not isinstance(n_skip, int) or isinstance(n_skip, bool) or not 0 <= n_skip <= gates.numel():
             raise ValueError(f"Bandit: n_skip is {n_skip}, expected 0 to {gates.numel()}, the number of gates")
         self.gates, self.n_skip, self.capacity = gates, n_skip, _capacity(capacity, "Bandit")
 
@@ -126,6 +130,8 @@ class Router(nn.Module, Policy):
     def masks(self, x, n_blocks, training, real=None):
         if n_blocks != self.gate.out_features:
             raise ValueError(f"Router: the model has {n_blocks} blocks, expected n_blocks={self.gate.out_features}")
+        if x.shape[-1] != self.gate.in_features:
+            raise ValueError(f"Router: the blocks' width is {x.shape[-1]}, expected hidden={self.gate.in_features}")
         p = torch.sigmoid(self.gate(_mean(x.detach(), real).to(self.gate.weight.dtype)))
         self.penalty = (p.mean() - self.budget) ** 2
         if self.capacity is None or self.capacity >= x.shape[0]:

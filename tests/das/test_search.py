@@ -342,6 +342,8 @@ def test_without_adapters():
         ),
         ({"lr": float("nan")}, ValueError, "search: lr is nan, expected a finite number"),
         ({"checkpoint_every": 0}, ValueError, "search: checkpoint_every is 0, expected an integer >= 1"),
+        ({"evaluate": lambda r: None}, TypeError, "search: evaluate gave a NoneType, expected a loss, one number"),
+        ({"state": {"mine": 3}}, TypeError, "search: state.'mine'. is int, expected one with a state_dict"),
         ({"evaluate": lambda r: torch.zeros(2)}, ValueError, r"search: evaluate gave a loss of shape \(2,\), expected"),
     ],
 )
@@ -373,8 +375,12 @@ def test_between_steps_the_model_skips_what_the_gates_say():
 
 
 def test_wrong_scorers_and_callbacks():
-    with pytest.raises(TypeError, match="Scorer: loss is int, expected a function"):
+    with pytest.raises(TypeError, match=r"Scorer: loss is int, expected a function .outputs, targets. -> scalar"):
         Scorer(lambda r: None, 3)
+    with pytest.raises(TypeError, match=r"Scorer: batches is list, expected a function .round. -> .inputs, targets."):
+        Scorer([], lambda outputs, targets: 0.0)
+    with pytest.raises(TypeError, match="search: step is int, expected a function"):
+        fastpetl.das.search(Task().model, 3, lambda r: 0.0, steps=3, n_skip=2)
     for make in (fastpetl.das.trainer_callback, fastpetl.das.lightning_callback):
         with pytest.raises(TypeError, match="callback: search is int, expected a fastpetl.das.Search"):
             make(3)

@@ -212,6 +212,21 @@ def test_a_model_with_a_router_is_copied_and_pickled(kind):
         assert torch.equal(logits(model), want)
 
 
+def test_wrong_arguments():
+    for rate in ("often", None, [0.1, "often"], [[0.1]], True, [0.1, 1.0]):
+        with pytest.raises(ValueError, match="RandomSkip: rate is .*, expected numbers in"):
+            policies.RandomSkip(rate)
+    for rate in (torch.tensor([0.0, 0.5]), torch.tensor(0.5), 0):
+        policies.RandomSkip(rate)
+    for gates in ([0.0, 0.0], torch.zeros(2, 2), torch.zeros(2, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"Bandit: gates is .*, expected floats of shape .n_blocks,."):
+            policies.Bandit(gates, 1)
+    with pytest.raises(ValueError, match="Bandit: n_skip is 1.5, expected 0 to 4"):
+        policies.Bandit(torch.zeros(4), 1.5)
+    with pytest.raises(ValueError, match="Router: the blocks' width is 32, expected hidden=16"):
+        logits(tiny_das(), policies.Router(16, 4))
+
+
 def test_wrong_candidates():
     for sets in ([[True] * 4], torch.zeros(4).bool(), torch.zeros(2, 4), torch.zeros(0, 4).bool()):
         with pytest.raises(ValueError, match="Candidates: sets is .* expected a bool tensor of shape"):
