@@ -35,7 +35,7 @@ def cross_attention(q, source, w_k, w_v, b_v=None, *, heads, b_k=None, mask=None
     Gradients: of all but w_k and mask, not differentiable twice; where these want one, and in compiled code, the
     reference serves.
     """
-    scale = _check(q, source, w_k, w_v, b_k, b_v, mask, heads, scale)
+    scale = _check(q, source, w_k, w_v, b_k, b_v, mask, heads, scale, dropout)
     if needs_grad(w_k, mask) or through_dispatcher(q):
         return _formula(q, source, w_k, w_v, b_k, b_v, heads, mask, scale, dropout)
     if needs_grad(q, source, w_v, b_k, b_v):
@@ -43,7 +43,7 @@ def cross_attention(q, source, w_k, w_v, b_v=None, *, heads, b_k=None, mask=None
     return _forward(q, source, w_k, w_v, b_v, mask, heads, scale, dropout)[0]
 
 
-def _check(q, source, w_k, w_v, b_k, b_v, mask, heads, scale) -> float:
+def _check(q, source, w_k, w_v, b_k, b_v, mask, heads, scale, dropout) -> float:
     name = "cross_attention"
     check_input(name, "q", q)
     check_input(name, "source", source)
@@ -58,9 +58,24 @@ def _check(q, source, w_k, w_v, b_k, b_v, mask, heads, scale) -> float:
     for what, b in (("b_k", b_k), ("b_v", b_v)):
         if b is not None:
             check_like(name, what, b, (inner,), f"({inner},) to match q", q, "q")
-    if mask is not None and (mask.dim() != 4 or mask.shape[3] not in (1, shape[1])):
-        raise ValueError(f"{name}: mask has shape {tuple(mask.shape)}, expected one broadcast to (B, {heads}, T, S)")
+    if mask is not None:
+        _check_mask(mask, q, (q.shape[0], heads, q.shape[1], shape[1]))
+    if not 0 <= number(name, "dropout", dropout) <= 1:
+        raise ValueError(f"{name}: dropout is {dropout!r}, expected a probability")
     return (inner // heads) ** -0.5 if scale is None else number(name, "scale", scale)
+
+
+def _check_mask(mask, q, scores: tuple) -> None:
+    name = "cross_attention"
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"{name}: mask is a {type(mask).__name__}, expected a torch.Tensor or None")
+    if mask.dim() != 4 or any(n not in (1, whole) for n, whole in zip(mask.shape, scores, strict=True)):
+        raise ValueError(f"{name}: mask has shape {tuple(mask.shape)}, expected one broadcast to {scores} (B, H, T, S)")
+    if mask.dtype != torch.bool and mask.dtype != q.dtype:
+        got, own = (str(t.dtype).removeprefix("torch.") for t in (mask, q))
+        raise ValueError(f"{name}: mask has dtype {got}, expected bool (True keeps a key) or {own}, which is added")
+    if mask.device != q.device:
+        raise ValueError(f"{name}: mask is on {mask.device}, expected {q.device} to match q")
 
 
 def _towards(q, w, heads):
@@ -146,7 +161,7 @@ def cross_attention_reference(q, source, w_k, w_v, b_v=None, *, heads, b_k=None,
     Plain torch, the contract of `cross_attention`: same arguments. Rounds to the dtype after each projection, then as
     scaled_dot_product_attention. Gradients: torch's own, of every tensor, any order.
     """
-    scale = _check(q, source, w_k, w_v, b_k, b_v, mask, heads, scale)
+    scale = _check(q, source, w_k, w_v, b_k, b_v, mask, heads, scale, dropout)
     return _formula(q, source, w_k, w_v, b_k, b_v, heads, mask, scale, dropout)
 
 

@@ -19,7 +19,7 @@ def dropout(x, p, *, backend="auto"):
     Arguments and gradients as for `relu_dropout`; torch keeps a mask as large as x.
     """
     p = _check("dropout", x, p)
-    if p in (0, 1) or not _bits(x, backend):
+    if not _bits(x, backend) or p in (0, 1):
         return dropout_reference(x, p)
     return _Dropout.apply(x, p)
 
@@ -69,6 +69,8 @@ def _check(function, x, p) -> float:
 
 def _bits(x, backend) -> bool:
     """Whether a backward will follow, for which the C++ kernels keep a bit an element."""
+    if backend != "auto":
+        backends.resolve("dropout", backend, x)  # raises where it cannot serve, whoever does so then
     if not needs_grad(x) or through_dispatcher(x) or x.numel() == 0:
         return False
     return backends.resolve("dropout", backend, x).name == "cpp"

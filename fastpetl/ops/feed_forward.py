@@ -28,6 +28,8 @@ def feed_forward(x, w1, b1, w2, b2, *, norm=None, activation="gelu", backend="au
     together.
     """
     check_activation("feed_forward", activation)
+    if not isinstance(caches, (tuple, list)):
+        raise TypeError(f"feed_forward: caches is a {type(caches).__name__}, expected a pair")
     if len(caches) != 2 or any(c is not None and not isinstance(c, PackCache) for c in caches):
         kinds = ", ".join(type(c).__name__ for c in caches)
         raise TypeError(f"feed_forward: caches is ({kinds}), expected two, each None or a fastpetl.ops.PackCache")

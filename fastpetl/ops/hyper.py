@@ -39,6 +39,11 @@ def hyper_embedding(task, layers, w_in, b_in, w_out, b_out, norm_weight, norm_bi
     for name, w, n in (("w_in", w_in, width), ("w_out", w_out, w_in.shape[0])):
         if w.dim() != 2 or w.shape[1] != n:
             raise ValueError(f"{f}: {name} has shape {tuple(w.shape)}, expected (features, {n})")
+    inner, features = w_in.shape[0], w_out.shape[0]
+    affine = ("norm_weight", norm_weight, features), ("norm_bias", norm_bias, features)
+    for name, t, n in (("b_in", b_in, inner), ("b_out", b_out, features), *affine):
+        if t is not None and tuple(t.shape) != (n,):
+            raise ValueError(f"{f}: {name} has shape {tuple(t.shape)}, expected ({n},)")
     axes = [layers] if kinds is None else [layers, kinds]
     lead = [len(t) for t in axes] + list(task.shape[:-1])
     parts = [task.expand(*lead, -1)]

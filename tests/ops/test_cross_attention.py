@@ -128,10 +128,23 @@ def test_when_it_saves():
         ({"source": torch.zeros(2, S, HIDDEN)}, r"source has shape .*, expected \(batch=3, keys, hidden\) to match q"),
         ({"w_v": torch.zeros(3, HIDDEN)}, r"w_v has shape \(3, 64\), expected \(64, 64\) to match q and source"),
         ({"b_v": torch.zeros(3)}, r"b_v has shape \(3,\), expected \(64,\) to match q"),
-        ({"mask": torch.zeros(B, S)}, r"mask has shape \(3, 40\), expected one broadcast to \(B, 4, T, S\)"),
+        ({"mask": torch.zeros(B, S)}, r"mask has shape \(3, 40\), expected one broadcast to \(3, 4, 4, 40\) \(B, H"),
+        (
+            {"mask": torch.zeros(2, 1, T, S)},
+            r"mask has shape \(2, 1, 4, 40\), expected one broadcast to \(3, 4, 4, 40\)",
+        ),
+        (
+            {"mask": torch.zeros(B, 1, T, S).long()},
+            r"mask has dtype int64, expected bool \(True keeps a key\) or float32",
+        ),
+        ({"mask": torch.zeros(B, 1, T, S, device="meta")}, "mask is on meta, expected cpu to match q"),
+        ({"dropout": 2.0}, "dropout is 2.0, expected a probability"),
+        ({"dropout": -0.1}, "dropout is -0.1, expected a probability"),
     ],
 )
 def test_errors(change, message):
     given = dict(zip(("q", "source", "w_k", "w_v", "b_v"), arguments(), strict=True)) | {"heads": H} | change
     with pytest.raises(ValueError, match=f"cross_attention: {message}"):
         ops.cross_attention(**given)
+    with pytest.raises(TypeError, match="cross_attention: mask is a list, expected a torch.Tensor or None"):
+        ops.cross_attention(*arguments(), heads=H, mask=[1])

@@ -223,6 +223,7 @@ def test_shapes_dtypes_and_nothing():
 BAD = [
     (dict(activation="silu"), ValueError, "feed_forward: activation is 'silu', expected one of gelu, relu"),
     (dict(caches=(None, 3)), TypeError, r"feed_forward: caches is \(NoneType, int\), expected two, each None or a"),
+    (dict(caches=3), TypeError, "feed_forward: caches is a int, expected a pair"),
     (dict(w2=torch.zeros(16, 65)), ValueError, r"linear: weights\[0\] has shape \(16, 65\), expected"),
     (dict(w1="w"), TypeError, r"linear: weights is a str"),
     (dict(b1=torch.zeros(63)), ValueError, r"linear: biases\[0\]"),

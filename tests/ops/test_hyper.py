@@ -182,6 +182,8 @@ BAD = [
      "hyper_weights: the bias of the generator of the down weight has shape (3,), expected (120,)"),
     (lambda: ops.hyper_embedding(*NET[:2], Z(H, 9), *NET[3:]), ValueError,
      "hyper_embedding: w_in has shape (16, 9), expected (features, 24)"),
+    (lambda: ops.hyper_embedding(*NET[:3], Z(3), *NET[4:]), ValueError, "hyper_embedding: b_in has shape (3,), expected ("),  # noqa: E501
+    (lambda: ops.hyper_embedding(*NET[:6], Z(3), NET[7]), ValueError, "hyper_embedding: norm_weight has shape (3,), "),
     (lambda: ops.hyper_embedding(Z(T), Z(S), *NET[2:]), ValueError, "hyper_embedding: layers has shape (12,), expected"),  # noqa: E501
     (lambda: ops.hyper_embedding(*NET, eps=None), TypeError, "hyper_embedding: eps is a NoneType, expected a Python"),
     (lambda: ops.hyper_adapter(Z(3, D), (Z(1),)), TypeError, "hyper_adapter: weights is a tuple, expected a layer of"),

@@ -131,6 +131,11 @@ def test_relu_dropout_is_the_callers_and_first_order():
         g.sum().backward()
     with pytest.raises(ValueError, match="relu_dropout: p is 1.5, expected a probability"):
         ops.relu_dropout(x, 1.5)
+    for op in (ops.relu_dropout, ops.dropout):  # where nothing is recorded too
+        with pytest.raises(ValueError, match="dropout: backend is 'fast', expected auto, cpp"):
+            op(x.detach(), 0.5, backend="fast")
+        with pytest.raises(RuntimeError, match="dropout: backend is 'triton', which cannot serve"):
+            op(x.detach(), 0.5, backend="triton")
     assert torch.equal(ops.relu_dropout(x.detach()), F.relu(x))
 
 
