@@ -13,7 +13,7 @@ from torch import nn
 
 from fastpetl import skip as _skip
 from fastpetl._version import __version__
-from fastpetl.methods import CONFIGS, attach, attached, detach
+from fastpetl.methods import CONFIGS, attach, attached, detach, without
 from fastpetl.skip import SkipPlan
 
 WEIGHTS, CONFIG, CARD = "fastpetl.safetensors", "fastpetl.json", "README.md"
@@ -34,9 +34,7 @@ def save(model: nn.Module, directory, *, task: str | None = None) -> Path:
 
     state = attached(model) if isinstance(model, nn.Module) else None
     if state is None:
-        raise ValueError(
-            f"save: model is {type(model).__name__} with nothing attached, expected fastpetl.attach(model, config)"
-        )
+        raise ValueError(f"save: model is {without(model)}, expected fastpetl.attach(model, config)")
     config = state.config if task is None else replace(state.config, tasks=_one_of(model, task))
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)

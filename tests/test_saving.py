@@ -58,6 +58,10 @@ def test_errors(tmp_path):
     bare = tiny_vilt()
     with pytest.raises(ValueError, match="save: model is ViltForQuestionAnswering with nothing attached"):
         fastpetl.save(bare, tmp_path)
+    with pytest.raises(
+        ValueError, match=r"save: model is Sequential with nothing attached .but model.0 has., expected"
+    ):
+        fastpetl.save(torch.nn.Sequential(trained()), tmp_path)
     with pytest.raises(FileNotFoundError, match="load: .* has no fastpetl.json, expected a directory written by"):
         fastpetl.load(bare, tmp_path)
     fastpetl.save(trained(), tmp_path)

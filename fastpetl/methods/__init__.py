@@ -41,6 +41,15 @@ def attached(model: nn.Module) -> Attached | None:
     return model.__dict__.get(_KEY)
 
 
+def without(model) -> str:
+    """Semantics: the model's class, for an error: with nothing attached, but perhaps around one with something."""
+    around = f"{type(model).__name__} with nothing attached"
+    if isinstance(model, nn.Module):  # DDP, torch.compile, a LightningModule
+        inside = next((name for name, module in model.named_modules() if attached(module) is not None), None)
+        around += f" (but model.{inside} has)" if inside else ""
+    return around
+
+
 def attach(model: nn.Module, config, *, patch: bool = True) -> nn.Module:
     """Semantics: add the method's modules, freeze every parameter it does not train, then `fastpetl.patch`; in place;
     returns `model`.
@@ -100,7 +109,7 @@ def detach(model: nn.Module) -> nn.Module:
         raise TypeError(f"detach: model is {type(model).__name__}, expected a torch.nn.Module")
     state = attached(model)
     if state is None:
-        raise ValueError("detach: model has nothing attached, expected the object that fastpetl.attach returned")
+        raise ValueError(f"detach: model is {without(model)}, expected the object that fastpetl.attach returned")
     family, host = registry.family_of(model, "detach")
     names, backend = _patched(model)
     if state.patched is not None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastpetl.methods import _KEY as _ATTACHED
-from fastpetl.methods import attached
+from fastpetl.methods import attached, without
 from fastpetl.methods.tasks import _set, tasks
 from fastpetl.nn.tasks import TaskRouted
 from fastpetl.patching import registry
@@ -90,10 +90,7 @@ def rename_task(model: nn.Module, name: str, new: str) -> nn.Module:
 def _attached(model, function: str):
     state = attached(model) if isinstance(model, nn.Module) else None
     if state is None:
-        raise ValueError(
-            f"{function}: model is {type(model).__name__} with nothing attached, expected fastpetl.attach(model, "
-            "config)"
-        )
+        raise ValueError(f"{function}: model is {without(model)}, expected fastpetl.attach(model, config)")
     family, host = registry.family_of(model, function)
     host = family.whole(model, host)
     if not any(_holders(owner) for owner in _owners(host)):

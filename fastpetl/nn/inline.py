@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
 from fastpetl._autocast import autocast_dtype
@@ -127,6 +128,8 @@ def around_reason(x: torch.Tensor) -> str | None:
             return "torch.jit tracing"
         if torch._C._are_functorch_transforms_active():
             return "torch.func transform"
+        if forward_ad._current_level >= 0:
+            return "forward-mode differentiation"
     return None
 
 

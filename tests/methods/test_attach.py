@@ -162,7 +162,7 @@ def test_errors():
         fastpetl.attach(torch.nn.ModuleList([tiny_vilt(), tiny_vilt()]), SMALL)
     with pytest.raises(ValueError, match="reduction_factor is 64, expected at most the hidden size 32"):
         fastpetl.attach(model, fastpetl.DASConfig(reduction_factor=64))
-    with pytest.raises(ValueError, match="detach: model has nothing attached"):
+    with pytest.raises(ValueError, match="detach: model is .* with nothing attached"):
         fastpetl.detach(model)
     assert everything(model) == before
     fastpetl.attach(model, SMALL)

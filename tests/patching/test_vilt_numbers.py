@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastpetl
-from vilt_tiny import assert_same_training, pair, relative, run, tiny_das, tiny_vilt
+from vilt_tiny import assert_same_training, inputs, pair, relative, run, tiny_das, tiny_vilt
 
 
 def test_training_of_adapters():
@@ -180,6 +180,18 @@ def test_torch_func():
     got = torch.func.vmap(lambda v: layer(v)[0])(x)
     want = torch.stack([original(v)[0] for v in x])
     assert relative(got, want) <= 1e-4
+
+
+def test_forward_mode():
+    """Tangents go through the composed forward, as they do unpatched."""
+    found = []
+    for model in pair():
+        with torch.autograd.forward_ad.dual_level():
+            given = inputs()
+            given["pixel_values"] = torch.autograd.forward_ad.make_dual(given["pixel_values"], given["pixel_values"])
+            out = run(model, **given).logits
+            found.append(torch.autograd.forward_ad.unpack_dual(out).tangent)
+    assert relative(*found) <= 1e-4 and found[1].norm() > 0
 
 
 def test_inference_mode_and_tracing():
