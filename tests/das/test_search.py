@@ -335,11 +335,7 @@ def test_without_adapters():
         ({"evaluate": lambda r: float("nan")}, ValueError, "search: evaluate gave a loss of nan with blocks"),
         ({"evaluate": lambda r: -float("inf")}, ValueError, "search: evaluate gave a loss of -inf with blocks"),
         ({"evaluate": lambda r: float("inf")}, ValueError, "search: evaluate gave a loss of inf with blocks"),
-        (
-            {"evaluate": lambda r: -1000.0},
-            ValueError,
-            "search: evaluate gave a loss of -1000.0, expected one whose exp",
-        ),
+        ({"evaluate": lambda r: -1000.0}, ValueError, "search: evaluate gave a loss of -1000.0, expected one whose"),
         ({"lr": float("nan")}, ValueError, "search: lr is nan, expected a finite number"),
         ({"checkpoint_every": 0}, ValueError, "search: checkpoint_every is 0, expected an integer >= 1"),
         ({"evaluate": lambda r: None}, TypeError, "search: evaluate gave a NoneType, expected a loss, one number"),
@@ -375,12 +371,12 @@ def test_between_steps_the_model_skips_what_the_gates_say():
 
 
 def test_wrong_scorers_and_callbacks():
-    with pytest.raises(TypeError, match=r"Scorer: loss is int, expected a function .outputs, targets. -> scalar"):
-        Scorer(lambda r: None, 3)
-    with pytest.raises(TypeError, match=r"Scorer: batches is list, expected a function .round. -> .inputs, targets."):
+    with pytest.raises(TypeError, match="Scorer: batches is list, expected a function .round. -> .inputs, targets."):
         Scorer([], lambda outputs, targets: 0.0)
+    with pytest.raises(TypeError, match="Scorer: loss is int, expected a function .outputs, targets. -> scalar"):
+        Scorer(id, 3)
     with pytest.raises(TypeError, match="search: step is int, expected a function"):
-        fastpetl.das.search(Task().model, 3, lambda r: 0.0, steps=3, n_skip=2)
+        fastpetl.das.search(None, 3, id, steps=3)
     for make in (fastpetl.das.trainer_callback, fastpetl.das.lightning_callback):
         with pytest.raises(TypeError, match="callback: search is int, expected a fastpetl.das.Search"):
             make(3)
