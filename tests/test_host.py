@@ -29,11 +29,15 @@ def test_a_model_is_two_rows_of_two_ratios(tmp_path, options):
             assert abs(ratio - patched / eager) < 0.05 * ratio + 0.02
 
 
-def test_launches_are_those_of_a_gpu(tmp_path):
-    """Sites, adapters and what follows them go to Triton's launchers, small norms and linears to torch."""
+@pytest.mark.parametrize("autocast", [False, True])
+def test_launches_are_those_of_a_gpu(autocast, tmp_path):
+    """Sites, adapters and what follows them go to Triton's launchers, small norms and linears to torch; under autocast
+    too.
+    """
     pytest.importorskip("triton")
     script = f"""
-import collections, sys
+import collections, contextlib, sys
+import torch
 sys.path[:0], sys.argv[1:] = [{str(SCRIPT.parent)!r}], ["--launches"]
 import host, host_launches
 host_launches.pretend(host.WIDTH)
@@ -43,11 +47,12 @@ def count(kernel, *args, **options):
     counted[kernel.__name__] += 1
     launch(kernel, *args, **options)
 launching.launch = count
-model, inputs, optimizer = host.variants("meter", False, True)[1]
-host.infer(model.eval(), inputs, optimizer)
+around = torch.autocast("cpu", torch.bfloat16) if {autocast} else contextlib.nullcontext()
+model, inputs, optimizer = host.variants("meter", False, True, {autocast})[1]
+host.infer(around, model.eval(), inputs, optimizer)
 print(dict(counted))
 counted.clear()
-host.step(model.train(), inputs, optimizer)
+host.step(around, model.train(), inputs, optimizer)
 print(dict(counted))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=300)
