@@ -17,7 +17,7 @@ struct TileConfig {
 
 template <int PLANES> struct EngineAmx {
   using Elem = uint16_t;
-  static constexpr bool TILES = true;
+  static constexpr int TOGETHER = 16;  // rows of A that are best packed together
   using InPlace = void;  // no tensor is read where it lies
   static constexpr int MR = 16, NP = 32, UNIT = 32, BLOCK_UNITS = PLANES == 1 ? 8 : 4, TILE = 512;
   // Blocks that fit a 2 MiB second-level cache: A's [rows, K_BLOCK]; beyond K_BLOCK all of C's panels stay there too.

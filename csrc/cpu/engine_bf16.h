@@ -8,7 +8,7 @@ namespace FP_ISA {
 
 struct EngineBf16 : Strips<EngineBf16, uint16_t> {
   using Elem = uint16_t;
-  static constexpr bool TILES = false;
+  static constexpr int TOGETHER = 1;  // rows of A that are best packed together
   using InPlace = bf16;  // tensors of this type are read where they lie
   static constexpr int MR = 8, NV = 3, NP = NV * VL, UNIT = 32, BLOCK_UNITS = 4, K_BLOCK = 1024, DEEP_K_BLOCK = 1024, UNITS = 8, DEEP_UNITS = 4;
 

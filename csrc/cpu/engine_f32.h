@@ -9,7 +9,7 @@ namespace FP_ISA {
 
 struct EngineF32 : Strips<EngineF32, float> {
   using Elem = float;
-  static constexpr bool TILES = false;
+  static constexpr int TOGETHER = 1;  // rows of A that are best packed together
   using InPlace = float;  // tensors of this type are read where they lie
 #if defined(__AVX512F__)
   static constexpr int MR = 8, NV = 3;

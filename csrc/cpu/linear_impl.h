@@ -65,22 +65,19 @@ template <class T, class E> struct Linear {
       }
     }
   }
-  // A is x [m, k], its rows ld apart. row: room for one
-  static void fill_plain(const T* x, int64_t ld, int64_t m, int64_t k, Elem* ap, float* row) {
-    if constexpr (E::TILES) {
-      (void)row;
-      for (int64_t i0 = 0; i0 < m; i0 += 16) {
+  // A is x [m, k], its rows ld apart
+  static void fill_plain(const T* x, int64_t ld, int64_t m, int64_t k, Elem* ap) {
+    if constexpr (E::TOGETHER > 1) {
+      for (int64_t i0 = 0; i0 < m; i0 += E::TOGETHER) {
         const T* p = x + i0 * ld;
-        E::put_a_rows(ap, k, i0, m - i0 < 16 ? m - i0 : 16, [=](int64_t i, int64_t j, int64_t left) FP_INLINED {
-          fetch(p + i * ld + j + AHEAD, VL * sizeof(T));  // 16 rows at a time are more than the hardware follows
+        E::put_a_rows(ap, k, i0, m - i0 < E::TOGETHER ? m - i0 : E::TOGETHER, [=](int64_t i, int64_t j, int64_t left) FP_INLINED {
+          fetch(p + i * ld + j + AHEAD, VL * sizeof(T));  // so many rows at a time are more than the hardware follows
           return load(p + i * ld + j, left);
         });
       }
     } else {
-      for (int64_t i = 0; i < m; ++i) {
-        load_row(x + i * ld, row, k, E::pad_k(k));
-        E::put_a_row(ap, k, i, row);
-      }
+      const RowsOfA<E> to(ap, k, m, E::pad_k(k) + 64, 7);
+      for (int64_t i = 0; i < m; ++i) load_row(x + i * ld, to.at(i), k, E::pad_k(k)), to.put(i);
     }
   }
   // runs body(r0, m) over blocks of rows that fit the cache
@@ -110,22 +107,24 @@ template <class T, class E> struct Linear {
     const bool large = a.rows * n * sizeof(T) > LARGE;
     row_blocks(a.rows, a.k, n, [&](int64_t r0, int64_t m) {
       const T* x = (const T*)a.x + r0 * a.k;
-      float *row = scratch<float>(7, width), *stats = scratch<float>(8, 2 * m);
+      float* stats = scratch<float>(8, 2 * m);
       auto fill = [&](int64_t k0, int64_t kn, Elem* ap) {
-        if (a.prologue == FP_NONE) return fill_plain(x + k0, a.k, m, kn, ap, row);
+        if (a.prologue == FP_NONE) return fill_plain(x + k0, a.k, m, kn, ap);
+        const RowsOfA<E> to(ap, kn, m, width, 7);
         for (int64_t i = 0; i < m; ++i) {
+          float* row = to.at(i);
           if (a.prologue == FP_LAYERNORM) {
             load_row(x + i * a.k, row, a.k, width);
             if (k0 == 0) put_stats(stats, i, row_stats(row, a.k, a.eps));
             row_normalize(row, row, a.k, row_stats_at(stats, i), gamma, beta);
-            E::put_a_row(ap, kn, i, row + k0);
+            to.put(i, k0);
           } else {
             load_row(x + i * a.k + k0, row, kn, E::pad_k(kn));
             if (a.code && !a.then)
               GeluCode::activate_row(row, kn, a.code + (r0 + i) * GeluCode::row_bytes(a.k), a.k, k0);
             else
               for (int64_t j = 0; j < kn; j += VL) store(row + j, activate(GELU, load(row + j)));
-            E::put_a_row(ap, kn, i, row);
+            to.put(i);
           }
         }
       };
@@ -157,7 +156,7 @@ template <class T, class E> struct Linear {
       T* dx = (T*)a.out + r0 * a.k;
       float *row = scratch<float>(7, width), *c = nullptr;
       auto fill = [&](int64_t k0, int64_t kn, Elem* ap) {
-        fill_plain(g + k0, n, m, kn, ap, row);
+        fill_plain(g + k0, n, m, kn, ap);
       };
       block(m, n, a.k, b, norm, &c, fill, [&](int64_t p, const float* cp) {
         if (norm) return;

@@ -46,6 +46,26 @@ static void pack_rows(typename E::Elem* out, int64_t k, int64_t n, int64_t begin
   }
 }
 
+// Rows of A that are made one at a time, in at(i), with zeros up to pad_k(k), and go to the engine as many together as it
+// takes: i = 0, 1, ... m - 1.
+template <class E> struct RowsOfA {
+  static constexpr int TOGETHER = E::TOGETHER;
+  typename E::Elem* a;
+  int64_t k, m, width;
+  float* rows;
+  RowsOfA(typename E::Elem* a, int64_t k, int64_t m, int64_t width, int slot) : a(a), k(k), m(m), width(width), rows(scratch<float>(slot, TOGETHER * width)) {}
+  FP_INLINED float* at(int64_t i) const { return rows + i % TOGETHER * width; }
+  // row i is there, from element `skip` on
+  FP_INLINED void put(int64_t i, int64_t skip = 0) const {
+    if constexpr (TOGETHER == 1) return E::put_a_row(a, k, i, rows + skip);
+    else if (i % TOGETHER == TOGETHER - 1 || i + 1 == m) whole(i - i % TOGETHER, i % TOGETHER + 1, rows + skip);
+  }
+  void whole(int64_t first, int64_t count, const float* from) const {
+    if constexpr (TOGETHER > 1)
+      E::put_a_rows(a, k, first, count, [=](int64_t i, int64_t j, int64_t) FP_INLINED { return load(from + i * width + j); });
+  }
+};
+
 // Items per parallel task: waking threads for less than about 20 us of work costs more than it gives
 static int64_t grain(double flops_per_item) { return 1 + (int64_t)(4e6 / (flops_per_item + 1)); }
 
