@@ -76,7 +76,7 @@ template <class T, class E> struct Linear {
         });
       }
     } else {
-      const RowsOfA<E> to(ap, k, m, E::pad_k(k) + 64, 7);
+      const RowsOfA<E> to(ap, k, m, E::pad_k(k) + 64, 9);
       for (int64_t i = 0; i < m; ++i) load_row(x + i * ld, to.at(i), k, E::pad_k(k)), to.put(i);
     }
   }
@@ -110,7 +110,7 @@ template <class T, class E> struct Linear {
       float* stats = scratch<float>(8, 2 * m);
       auto fill = [&](int64_t k0, int64_t kn, Elem* ap) {
         if (a.prologue == FP_NONE) return fill_plain(x + k0, a.k, m, kn, ap);
-        const RowsOfA<E> to(ap, kn, m, width, 7);
+        const RowsOfA<E> to(ap, kn, m, width, 9);
         for (int64_t i = 0; i < m; ++i) {
           float* row = to.at(i);
           if (a.prologue == FP_LAYERNORM) {
