@@ -42,8 +42,8 @@ namespace {  // one copy per file
                   " must be contiguous float32 with ", numel, " elements");
   return static_cast<const float*>(t.const_data_ptr());
 }
-// Large results are written all over at once, and every page that is new to the process costs as much as writing it:
-// pages of 2 MiB where the system grants them, as THP_MEM_ALLOC_ENABLE=1 asks of torch for all its tensors.
+// Large results are written all over at once, and every page that is new to the process costs a fault: pages of 2 MiB
+// where the system grants them, as THP_MEM_ALLOC_ENABLE=1 asks of torch for all its tensors.
 [[maybe_unused]] void in_huge_pages(void* p, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t PAGE = 2 << 20;

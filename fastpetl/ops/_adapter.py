@@ -29,6 +29,19 @@ _ACT_BACKWARD = {
 assert set(ACT) == set(ACTIVATIONS.values())
 
 
+def split_residuals(x, residuals):
+    """(is x itself one of them, the others), or None where a kernel does not take them: one is None, or too many."""
+    add_x, fused = False, []
+    for t in residuals:
+        if t is x and not add_x:
+            add_x = True
+        elif t is None:
+            return None
+        else:
+            fused.append(t)
+    return (add_x, fused) if len(fused) <= 2 else None
+
+
 @functools.cache
 def _launchers(name: str):
     if name == "cpp":

@@ -14,6 +14,7 @@ import torch
 
 from .. import backends
 from ..spec import AdapterSpec
+from ._adapter import split_residuals
 from ._casts import cast
 from ._common import _PLAIN, all_dense, autocast_dtype, dense, first_order, grad_mask, needs_grad
 
@@ -49,18 +50,12 @@ def adapter(x, mine, residuals, eps, code, scale, backend):
     which the long way sees to. mine: w_down, b_down, w_up, b_up, norm_weight, norm_bias.
     """
     dtype = serves("adapter", x, backend)
-    if dtype is None:
+    split = None if dtype is None else split_residuals(x, residuals)
+    if split is None:
         return None
-    add_x, fused = False, []
-    for t in residuals:
-        if t is x and not add_x:
-            add_x = True
-        elif t is None:
-            return None
-        else:
-            fused.append(t)
+    add_x, fused = split
     w_down, norm_weight, norm_bias = mine[0], *mine[4:]
-    if len(fused) > 2 or type(w_down) not in _PLAIN or w_down.dim() != 2 or not x.dim():
+    if type(w_down) not in _PLAIN or w_down.dim() != 2 or not x.dim():
         return None
     d, r = x.shape[-1:], w_down.shape[0]
     if not d[0] or not r or mine[2] is None or (norm_weight is None and norm_bias is not None):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from .. import backends
 from ..spec import activation_code
 from . import _mixed
-from ._adapter import ACT, eager_backward, eager_forward
+from ._adapter import ACT, eager_backward, eager_forward, split_residuals
 from ._casts import cast
 from ._common import (
     _PLAIN,
@@ -131,17 +131,12 @@ def _usual(x, w_down, b_down, w_up, b_up, norm_weight, norm_bias, residuals):
     d, r = x.shape[-1:], w_down.shape[0]
     if not d or not r or w_up is None or (norm_weight is None) != (norm_bias is None):
         return None
-    add_x, fused = False, []
-    for t in residuals:
-        if t is x and not add_x:
-            add_x = True
-        elif t is None:
-            return None
-        else:
-            fused.append(t)
+    split = split_residuals(x, residuals)
+    if split is None:
+        return None
     mine = w_down, w_up, b_down, b_up, norm_weight, norm_bias
-    shapes = (r, *d), (*d, r), (r,), d, d, d, *(x.shape,) * len(fused)
-    return (add_x, fused) if len(fused) <= 2 and alike(x, (*mine, *fused), shapes) else None
+    shapes = (r, *d), (*d, r), (r,), d, d, d, *(x.shape,) * len(split[1])
+    return split if alike(x, (*mine, *split[1]), shapes) else None
 
 
 def _residuals(residuals) -> tuple:

@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="the Triton kernels need the triton package
 from fastpetl.kernels.adapter_config import Config  # noqa: E402
 
 from fastpetl.kernels import adapter, launching, residual_norm, site  # noqa: E402
+from guards import guarded, untouched  # noqa: E402
 from ops.op_cases import assert_two_times  # noqa: E402
 
 if launching.INTERPRETED:
@@ -116,25 +117,14 @@ def test_a_norm_is_folded_only_where_x_is_multiplied_as_it_is():
 
 def test_nothing_outside_the_rows_is_touched(monkeypatch):
     """Guards around all that is written, where 7 must stay."""
-    guards, new_empty = [], torch.Tensor.new_empty
 
-    def between(self, *shape, dtype=None, **others):
-        if others:  # the interpreter's own
-            return new_empty(self, *shape, dtype=dtype, **others)
-        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        size = torch.Size(shape).numel()
-        whole = torch.full((size + 2048,), 7.0, dtype=dtype or self.dtype, device=self.device)
-        guards.append((whole[:1024], whole[1024 + size :]))
-        return whole[1024 : 1024 + size].view(shape)
-
-    monkeypatch.setattr(torch.Tensor, "new_empty", between)
-    monkeypatch.setattr(torch, "empty_like", lambda t, dtype=None: t.new_empty(t.shape, dtype=dtype))
+    guards = guarded(monkeypatch)
     for r in (R, 300):
         t = make(r=r)
         s, n, z, stats, tail_stats = site.site_forward(*t, *CONFIG, 1, 1e-5, True, True, mixed=True)
         saved = s, tail_stats, t[9], t[0], z, stats, t[1], t[3], t[5], t[6]
         site.site_backward(n, n, *saved, True, 3, 0.7, 1, 511, mixed=FP32, low=True)
-    assert len(guards) > 30 and all((g == 7).all() for pair in guards for g in pair)
+    assert len(guards) > 30 and untouched(guards)
 
 
 @pytest.mark.parametrize("x, f, n", [(FP32, BF16, FP32), (BF16, FP32, FP32), (BF16, BF16, FP32), (FP16, BF16, FP32)])

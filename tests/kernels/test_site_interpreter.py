@@ -15,6 +15,7 @@ triton = pytest.importorskip("triton", reason="the Triton kernels need the trito
 from fastpetl.kernels.adapter_config import Config  # noqa: E402
 
 from fastpetl.kernels import adapter, adapter_config, launching, residual_norm, site  # noqa: E402
+from guards import guarded, untouched  # noqa: E402
 from ops.op_cases import adapter_arguments, assert_two_times  # noqa: E402
 
 if launching.INTERPRETED:
@@ -290,27 +291,16 @@ def test_nothing_outside_the_rows_is_touched(monkeypatch):
         buffer = torch.full((rows + 64, width), float("nan"), device=DEVICE, dtype=torch.bfloat16)
         buffer[32 : 32 + rows] = t[name]
         t[name] = buffer[32 : 32 + rows]
-    guards, new_empty = [], torch.Tensor.new_empty
-
-    def between(self, *shape, dtype=None, **others):
-        if others:  # the interpreter's own
-            return new_empty(self, *shape, dtype=dtype, **others)
-        shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
-        size = torch.Size(shape).numel()
-        whole = torch.full((size + 2048,), 7.0, dtype=dtype or self.dtype, device=self.device)
-        guards.append((whole[:1024], whole[1024 + size :]))
-        return whole[1024 : 1024 + size].view(shape)
 
     config = tile(40, 12, block_m=16)
-    monkeypatch.setattr(torch.Tensor, "new_empty", between)
-    monkeypatch.setattr(torch, "empty_like", lambda t, dtype=None: t.new_empty(t.shape, dtype=dtype))
+    guards = guarded(monkeypatch)
     saved, _, _, settings = check(t, config=config)
     before = len(guards)
     _, n, *_ = forward(t, settings, False, False, config)
     assert torch.equal(n, saved[1])
     wide = [len(after) for _, after in guards[before:] if after.storage_offset() >= 1024 + n.numel()]
     assert before >= 20 and len(wide) == 1, "memory for s, which nobody wants"
-    assert all((g == 7).all() for pair in guards for g in pair)
+    assert untouched(guards)
 
 
 def test_nan_stays_in_its_row():
